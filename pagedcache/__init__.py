@@ -1,0 +1,39 @@
+"""pagedcache: the paged KV-cache write, compiled on first use, on any array.
+
+In dependency order, each importing only what stands above it:
+
+- `status`, `dtypes`, `tensors`: error codes, data types, and how an array becomes an address
+- `backends`: one folder for each type of device; its `registry` finds them, nothing else does
+- `interface`: what callers hold: handle, info, descriptor
+- `infiniop`: the same operator behind InfiniCore's C functions
+- `demo`, `__main__`: the command line
+
+The kernels are CUDA source in ``cuda_src``. Importing this package imports neither CuPy nor CUDA.
+"""
+
+from pagedcache import infiniop, status
+from pagedcache.backends.protocol import LaunchConfig
+from pagedcache.backends.registry import BackendReport, backends, register_backend
+from pagedcache.interface.descriptor import Descriptor, paged_caching
+from pagedcache.interface.handle import Handle
+from pagedcache.interface.info import PagedCachingInfo
+from pagedcache.status import PagedCacheError, Status
+from pagedcache.tensors import TensorDescriptor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendReport",
+    "Descriptor",
+    "Handle",
+    "LaunchConfig",
+    "PagedCacheError",
+    "PagedCachingInfo",
+    "Status",
+    "TensorDescriptor",
+    "backends",
+    "infiniop",
+    "paged_caching",
+    "register_backend",
+    "status",
+]

@@ -1,0 +1,1 @@
+"""Backend layer: one folder for each type of device, found through `registry`."""

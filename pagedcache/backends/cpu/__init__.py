@@ -1,0 +1,53 @@
+"""The CPU backend: NumPy. The default without a GPU, and the specification for the others."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from typing import Any
+
+import numpy as np
+
+from pagedcache.status import DeviceNotFoundError, NotSupportedError
+
+OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
+
+
+class CpuBackend:
+    """Serves ``"cpu"``, which is always there."""
+
+    def check(self) -> None:
+        """Return: NumPy is a dependency of the package."""
+
+    def open(self, index: int | None) -> CpuDevice:
+        """Return the one CPU device.
+
+        Raises
+        ------
+        DeviceNotFoundError
+            `index` is neither ``None`` nor 0.
+        """
+        if index not in (None, 0):
+            raise DeviceNotFoundError("device", "must be 'cpu', there is only one", f"cpu:{index}")
+        return CpuDevice()
+
+
+class CpuDevice:
+    """The host and its memory."""
+
+    name = "cpu"
+
+    def describe(self) -> str:
+        """Return the processor and the version of NumPy."""
+        return f"{platform.machine()} host, NumPy {np.__version__}"
+
+    def limits_table(self) -> list[tuple[str, str]]:
+        """Return nothing: the CPU sets no limits."""
+        return []
+
+    def operator(self, name: str, info: Any) -> Any:
+        """Return the implementation of an operator."""
+        if name not in OPERATORS:
+            raise NotSupportedError(f"operator {name!r}", "is not in the cpu backend")
+        module, _, attribute = OPERATORS[name].partition(":")
+        return getattr(importlib.import_module(f".{module}", __name__), attribute)(info)

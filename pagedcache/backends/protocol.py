@@ -1,0 +1,59 @@
+"""What a backend is: the shape that `pagedcache.backends.registry` loads and handles hold.
+
+A backend serves one type of device. It opens devices, and a device makes the implementation of an
+operator from that operator's info. An implementation is opaque to the interface layer: it gets
+addresses and counts, and keeps whatever its hardware needs to itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchConfig:
+    """Geometry of one launch, as CUDA counts it.
+
+    Attributes
+    ----------
+    grid, block : tuple of int
+        Blocks in the grid and threads in a block, ``(x, y, z)``.
+    shared_mem : int
+        Dynamic shared memory of a block, in bytes.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_mem: int = 0
+
+
+class Device(Protocol):
+    """An opened device of a backend."""
+
+    name: str  # canonical, as arrays on it are named: "cpu", "cuda:0"
+
+    def describe(self) -> str:
+        """Return one line that tells a person what this device is."""
+
+    def limits_table(self) -> list[tuple[str, str]]:
+        """Return what the device says of itself, as rows of a table."""
+
+    def operator(self, name: str, info: Any) -> Any:
+        """Return the implementation of operator `name` for `info`.
+
+        Raises
+        ------
+        NotSupportedError
+            The backend does not have this operator.
+        """
+
+
+class Backend(Protocol):
+    """Serves one type of device. Constructed without arguments, once, when first needed."""
+
+    def check(self) -> None:
+        """Raise the `PagedCacheError` that tells why nothing here can be used, if so."""
+
+    def open(self, index: int | None) -> Device:
+        """Return device `index`; ``None`` is the one that the array library would use now."""

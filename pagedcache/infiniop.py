@@ -1,0 +1,244 @@
+"""The operator behind the C functions of InfiniCore's ``infiniop``, name for name.
+
+A thin skin, so that code written against that library can drive this one. No function raises: each
+returns a `Status`, or ``(Status, value)`` where C has an out pointer, the value being ``None``
+unless the status is ``SUCCESS``. Addresses are ints and are trusted, as in C; 0 and ``None`` are
+NULL. Tensors are in the logical order HND, as there. The number of tokens of a call is that of the
+descriptors. A NULL stream is CUDA's default stream, not CuPy's current one.
+
+`infiniopPagedCaching` is asynchronous on a GPU: it returns once the write is queued on the stream.
+All functions may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, ParamSpec, TypeVar
+
+import ml_dtypes
+import numpy as np
+
+from pagedcache.interface.descriptor import Descriptor
+from pagedcache.interface.handle import Handle
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    BadTensorDtypeError,
+    BadTensorShapeError,
+    DeviceTypeNotSupportedError,
+    NullPointerError,
+    PagedCacheError,
+    Status,
+)
+from pagedcache.tensors import TensorDescriptor
+
+
+class InfiniDevice(IntEnum):
+    """Device types, with the numbers of ``infiniDevice_t``."""
+
+    CPU = 0
+    NVIDIA = 1
+    CAMBRICON = 2
+    ASCEND = 3
+    METAX = 4
+    MOORE = 5
+    ILUVATAR = 6
+    KUNLUN = 7
+    HYGON = 8
+
+
+class InfiniDtype(IntEnum):
+    """Data types, with the numbers of ``infiniDtype_t``."""
+
+    INVALID = 0
+    BYTE = 1
+    BOOL = 2
+    I8 = 3
+    I16 = 4
+    I32 = 5
+    I64 = 6
+    U8 = 7
+    U16 = 8
+    U32 = 9
+    U64 = 10
+    F8 = 11
+    F16 = 12
+    F32 = 13
+    F64 = 14
+    C16 = 15
+    C32 = 16
+    C64 = 17
+    C128 = 18
+    BF16 = 19
+
+
+_DTYPES: dict[InfiniDtype, Any] = {
+    InfiniDtype.BYTE: np.uint8,
+    InfiniDtype.BOOL: np.bool_,
+    InfiniDtype.I8: np.int8,
+    InfiniDtype.I16: np.int16,
+    InfiniDtype.I32: np.int32,
+    InfiniDtype.I64: np.int64,
+    InfiniDtype.U8: np.uint8,
+    InfiniDtype.U16: np.uint16,
+    InfiniDtype.U32: np.uint32,
+    InfiniDtype.U64: np.uint64,
+    InfiniDtype.F8: ml_dtypes.float8_e4m3fn,
+    InfiniDtype.F16: np.float16,
+    InfiniDtype.F32: np.float32,
+    InfiniDtype.F64: np.float64,
+    InfiniDtype.C64: np.complex64,
+    InfiniDtype.C128: np.complex128,
+    InfiniDtype.BF16: ml_dtypes.bfloat16,
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _status(function: Callable[P, None]) -> Callable[P, Status]:
+    """Turn a function that raises into one that returns a status."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Status:
+        try:
+            function(*args, **kwargs)
+        except PagedCacheError as error:
+            return error.status
+        except Exception:
+            return Status.INTERNAL_ERROR
+        return Status.SUCCESS
+
+    return call
+
+
+def _status_and_value(function: Callable[P, T]) -> Callable[P, tuple[Status, T | None]]:
+    """Turn a function that raises into one that returns a status and a value."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Status, T | None]:
+        try:
+            return Status.SUCCESS, function(*args, **kwargs)
+        except PagedCacheError as error:
+            return error.status, None
+        except Exception:
+            return Status.INTERNAL_ERROR, None
+
+    return call
+
+
+@_status_and_value
+def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
+    """Open device `device_id` of an `InfiniDevice` type."""
+    if device_type not in set(InfiniDevice):
+        raise DeviceTypeNotSupportedError("device_type", "must be an InfiniDevice", device_type)
+    if not isinstance(device_id, int) or device_id < 0:
+        raise BadParamError("device_id", "must be an int of 0 or more", repr(device_id))
+    device = InfiniDevice(device_type)
+    kind = "cuda" if device is InfiniDevice.NVIDIA else device.name.lower()
+    return Handle(f"{kind}:{device_id}")
+
+
+@_status
+def infiniopDestroyHandle(handle: Handle | None) -> None:
+    """Let go of a handle; descriptors made with it keep working."""
+    _given("handle", handle, Handle).destroy()
+
+
+@_status_and_value
+def infiniopCreateTensorDescriptor(
+    ndim: int, shape: Sequence[int] | None, strides: Sequence[int] | None, dtype: int
+) -> TensorDescriptor:
+    """Describe a tensor; strides are in elements, ``None`` for contiguous."""
+    if shape is None:
+        raise NullPointerError("shape", "must be given", "None")
+    if dtype not in _DTYPES:
+        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", dtype)
+    if len(shape) < ndim or (strides is not None and len(strides) < ndim):
+        raise BadTensorShapeError("shape and strides", f"must have ndim ({ndim}) entries", shape)
+    return TensorDescriptor(
+        _DTYPES[InfiniDtype(dtype)],
+        [shape[axis] for axis in range(ndim)],
+        None if strides is None else [strides[axis] for axis in range(ndim)],
+    )
+
+
+@_status
+def infiniopDestroyTensorDescriptor(desc: TensorDescriptor | None) -> None:
+    """Let go of a tensor descriptor, which holds nothing."""
+    _given("desc", desc, TensorDescriptor)
+
+
+@_status_and_value
+def infiniopCreatePagedCachingDescriptor(
+    handle: Handle | None,
+    k_cache_desc: TensorDescriptor | None,
+    v_cache_desc: TensorDescriptor | None,
+    k_desc: TensorDescriptor | None,
+    v_desc: TensorDescriptor | None,
+    slot_mapping_desc: TensorDescriptor | None,
+) -> Descriptor:
+    """Check the tensors, pick the backend of the handle's device, and compile."""
+    return Descriptor.create(
+        _given("k_cache_desc", k_cache_desc, TensorDescriptor),
+        _given("v_cache_desc", v_cache_desc, TensorDescriptor),
+        _given("k_desc", k_desc, TensorDescriptor),
+        _given("v_desc", v_desc, TensorDescriptor),
+        _given("slot_mapping_desc", slot_mapping_desc, TensorDescriptor),
+        handle=_given("handle", handle, Handle),
+    )
+
+
+@_status_and_value
+def infiniopGetPagedCachingWorkspaceSize(desc: Descriptor | None) -> int:
+    """Return the bytes of workspace that `infiniopPagedCaching` needs."""
+    return _given("desc", desc, Descriptor).workspace_size
+
+
+@_status
+def infiniopPagedCaching(
+    desc: Descriptor | None,
+    workspace: int | None,
+    workspace_size: int,
+    k_cache: int | None,
+    v_cache: int | None,
+    k: int | None,
+    v: int | None,
+    slot_mapping: int | None,
+    stream: int | None,
+) -> None:
+    """Queue the write of as many tokens as the slot mapping was described with."""
+    _given("desc", desc, Descriptor).calculate(
+        _address("k_cache", k_cache),
+        _address("v_cache", v_cache),
+        _address("k", k),
+        _address("v", v),
+        _address("slot_mapping", slot_mapping),
+        workspace=_address("workspace", workspace),
+        workspace_size=workspace_size,
+        stream=_address("stream", stream),
+    )
+
+
+@_status
+def infiniopDestroyPagedCachingDescriptor(desc: Descriptor | None) -> None:
+    """Let go of a descriptor; its use after this is ``BAD_PARAM``."""
+    _given("desc", desc, Descriptor).destroy()
+
+
+def _given(name: str, value: object, kind: type[T]) -> T:
+    if value is None:
+        raise NullPointerError(name, "must be given", "None")
+    if not isinstance(value, kind):
+        raise BadParamTypeError(name, f"must be a {kind.__name__}", repr(value))
+    return value
+
+
+def _address(name: str, value: int | None) -> int:
+    if value is None:
+        return 0
+    if not isinstance(value, int):
+        raise BadParamTypeError(name, "must be an address, as an int", repr(value))
+    return value

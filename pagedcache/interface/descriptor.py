@@ -1,0 +1,432 @@
+"""The paged caching operator: write the K and V of each token to the slot that it was given."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pagedcache.interface.handle import Handle, parse_device
+from pagedcache.interface.info import PagedCachingInfo
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    BadTensorDtypeError,
+    BadTensorShapeError,
+    BadTensorStridesError,
+    DestroyedError,
+    InsufficientWorkspaceError,
+    NullPointerError,
+)
+from pagedcache.tensors import Tensor, TensorDescriptor, adopt
+
+if TYPE_CHECKING:
+    from pagedcache.backends.protocol import LaunchConfig
+    from pagedcache.dtypes import Dtype
+
+NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
+
+
+class _Expected(NamedTuple):
+    """What one argument of `calculate` must look like; the token axis is free."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+
+
+class Descriptor:
+    """A paged caching write, checked once and run any number of times.
+
+    Made by `create`; runs with `calculate`; ends with `destroy` or at the end of a ``with`` block.
+
+    Attributes
+    ----------
+    info : PagedCachingInfo
+        Sizes and strides, in elements.
+    device : str
+        ``"cpu"``, ``"cuda:0"``.
+    workspace_size : int
+        Bytes of workspace that `calculate` needs.
+
+    Notes
+    -----
+    A descriptor may be shared by threads. It holds no reference to the arrays it was made from.
+    """
+
+    def __init__(self, info: PagedCachingInfo, device: str, opaque: Any) -> None:
+        self.info = info
+        self.device = device
+        self.workspace_size: int = opaque.workspace_size
+        self._opaque = opaque
+        self._expected = _expectations(info)
+
+    @classmethod
+    def create(
+        cls,
+        k_cache: Any,
+        v_cache: Any,
+        k: Any,
+        v: Any,
+        slot_mapping: Any,
+        *,
+        layout: str = "HND",
+        handle: Handle | None = None,
+    ) -> Descriptor:
+        """Check the five tensors, pick the backend, and compile.
+
+        Parameters
+        ----------
+        k_cache, v_cache : array or TensorDescriptor
+            ``[num_blocks, num_kv_heads, block_size, head_size]`` for layout ``"HND"``,
+            ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16
+            or float32. Strides are free and may differ between the two, but the last axis must
+            have stride 1 and no two elements may share memory. V may have a head size of its own.
+        k, v : array or TensorDescriptor
+            ``[num_tokens or more, num_kv_heads, head_size]``, of the same dtype; any strides of 0
+            or more, the last axis 1.
+        slot_mapping : array or TensorDescriptor
+            ``[num_tokens]``, int64 or int32.
+        layout : {"HND", "NHD"}
+        handle : Handle, optional
+            The device to run on. Not given: the one that the arrays are on.
+
+        Returns
+        -------
+        Descriptor
+            Serves any number of tokens.
+
+        Raises
+        ------
+        PagedCacheError
+            Its message names the argument, the rule and what was got; see `pagedcache.status`.
+
+        Notes
+        -----
+        On CUDA this compiles the kernel (about 0.1 s the first time, then found in CuPy's cache
+        on disk), so call it before a stream capture begins.
+        """
+        arrays = (k_cache, v_cache, k, v, slot_mapping)
+        described = [_describe(name, array) for name, array in zip(NAMES, arrays, strict=True)]
+        info = PagedCachingInfo.create(*described, layout=layout)
+        if handle is not None and not isinstance(handle, Handle):
+            raise BadParamTypeError("handle", "must be a pagedcache.Handle", repr(handle))
+        place = _common_device(described)
+        if handle is None:
+            handle = Handle(place)
+        elif place is not None and not _same_device(place, handle.device):
+            rule = f"must be the device of the arrays, {place}"
+            raise BadParamError("handle", rule, handle.device)
+        device = handle.opened()
+        return cls(info, device.name, device.operator("paged_caching", info))
+
+    def launch_config(self, num_tokens: int) -> LaunchConfig:
+        """Return the launch that `calculate` would make for `num_tokens` tokens.
+
+        Raises
+        ------
+        BadParamError
+            `num_tokens` is negative.
+        DestroyedError
+            After `destroy`.
+        """
+        if not isinstance(num_tokens, (int, np.integer)) or num_tokens < 0:
+            raise BadParamError("num_tokens", "must be an int of 0 or more", repr(num_tokens))
+        config: LaunchConfig = self._alive().launch_config(int(num_tokens))
+        return config
+
+    def calculate(
+        self,
+        k_cache: Any,
+        v_cache: Any,
+        k: Any,
+        v: Any,
+        slot_mapping: Any,
+        *,
+        workspace: Any = None,
+        workspace_size: int = 0,
+        stream: Any = None,
+    ) -> None:
+        """Write the K and V of each token to its slot.
+
+        Token ``t`` goes to block ``slot_mapping[t] // block_size``, offset
+        ``slot_mapping[t] % block_size``. A negative slot is padding and is skipped; a slot at or
+        past ``info.num_slots`` is never written. If two tokens have one slot, which of them stays
+        is not defined.
+
+        Parameters
+        ----------
+        k_cache, v_cache, k, v, slot_mapping : array or int
+            As at `create`: same device, dtype, shape and strides, but any number of tokens, which
+            is the length of `slot_mapping`. `k` and `v` may hold more rows. An int is the address
+            of such data and is trusted; if `slot_mapping` is one, the number of tokens is that of
+            `create`.
+        workspace : array or int, optional
+            Scratch memory on the device; needed only if `workspace_size` of the descriptor is
+            not 0.
+        workspace_size : int
+            Its size in bytes.
+        stream : optional
+            On CUDA: ``None`` for CuPy's current stream, a ``cupy.cuda.Stream``, anything with
+            ``__cuda_stream__``, or the handle as an int. Not used on the CPU.
+
+        Raises
+        ------
+        PagedCacheError
+            Before anything is launched and with nothing written, but for a `LaunchError`.
+
+        Notes
+        -----
+        On CUDA the write is queued on the stream and this returns at once: nothing is allocated on
+        the device, synchronised or compiled. Inputs made on another stream must be ordered before
+        this one by the caller. On the CPU the write is done when this returns.
+        """
+        opaque = self._alive()
+        expected = self._expected
+        k_cache_at = self._cache("k_cache", k_cache, expected[0])
+        v_cache_at = self._cache("v_cache", v_cache, expected[1])
+        slots_at, tokens = self._slots(slot_mapping)
+        k_at = self._rows("k", k, expected[2], tokens)
+        v_at = self._rows("v", v, expected[3], tokens)
+        workspace_at = self._workspace(workspace, workspace_size)
+        if tokens:
+            opaque.calculate(
+                k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, workspace_at, stream
+            )
+
+    def destroy(self) -> None:
+        """Let go of the kernel and the device. Twice is no error; any other use after it is."""
+        self._opaque = None
+
+    def __enter__(self) -> Descriptor:
+        self._alive()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.destroy()
+
+    def __repr__(self) -> str:
+        info = self.info
+        heads = f"{info.num_kv_heads} x {info.head_size}"
+        if info.v_head_size != info.head_size:
+            heads += f" (V {info.v_head_size})"
+        state = "" if self._opaque is not None else ", destroyed"
+        return (
+            f"<pagedcache.Descriptor {info.layout} {info.dtype} on {self.device}: {heads} heads, "
+            f"{info.num_blocks} blocks of {info.block_size}, {info.slot_dtype} slots{state}>"
+        )
+
+    def _alive(self) -> Any:
+        if self._opaque is None:
+            raise DestroyedError("descriptor", "must not be used after destroy")
+        return self._opaque
+
+    def _cache(self, name: str, array: Any, expected: _Expected) -> int:
+        if type(array) is int:
+            return _address(name, array, expected.dtype, 1)
+        tensor = adopt(name, array)
+        if tensor.shape != expected.shape:
+            raise _unlike(BadTensorShapeError, name, f"shape {expected.shape}", tensor.shape)
+        self._check_rest(name, tensor, expected)
+        if not tensor.writable:
+            raise BadParamError(name, "must be writable", "a read-only array")
+        return _address(name, tensor.address, expected.dtype, 1)
+
+    def _rows(self, name: str, array: Any, expected: _Expected, tokens: int) -> int:
+        if type(array) is int:
+            return _address(name, array, expected.dtype, tokens)
+        tensor = adopt(name, array)
+        shape = tensor.shape
+        if len(shape) != 3 or shape[1:] != expected.shape:
+            heads, size = expected.shape
+            raise _unlike(BadTensorShapeError, name, f"shape (rows, {heads}, {size})", shape)
+        if shape[0] < tokens:
+            rule = f"must have a row for each of the {tokens} slots of slot_mapping"
+            raise BadTensorShapeError(name, rule, f"{shape[0]} rows")
+        self._check_rest(name, tensor, expected)
+        return _address(name, tensor.address, expected.dtype, tokens)
+
+    def _slots(self, array: Any) -> tuple[int, int]:
+        name, expected = "slot_mapping", self._expected[4]
+        if type(array) is int:
+            tokens = self.info.num_tokens
+            return _address(name, array, expected.dtype, tokens), tokens
+        tensor = adopt(name, array)
+        if len(tensor.shape) != 1:
+            raise _unlike(BadTensorShapeError, name, "shape (num_tokens,)", tensor.shape)
+        self._check_rest(name, tensor, expected)
+        tokens = tensor.shape[0]
+        return _address(name, tensor.address, expected.dtype, tokens), tokens
+
+    def _check_rest(self, name: str, tensor: Tensor, expected: _Expected) -> None:
+        if tensor.dtype != expected.dtype:
+            raise _unlike(BadTensorDtypeError, name, f"dtype {expected.dtype}", tensor.dtype)
+        if tensor.strides != expected.strides and any(
+            length > 1 and step != wanted
+            for length, step, wanted in zip(
+                tensor.shape, tensor.strides, expected.strides, strict=True
+            )
+        ):
+            raise _unlike(
+                BadTensorStridesError, name, f"strides {expected.strides} bytes", tensor.strides
+            )
+        if tensor.device != self.device:
+            raise _unlike(BadParamError, name, f"device {self.device}", tensor.device)
+
+    def _workspace(self, workspace: Any, size: int) -> int:
+        if workspace is None and size == 0 == self.workspace_size:
+            return 0
+        if workspace is not None and type(workspace) is not int:
+            tensor = adopt("workspace", workspace)
+            if tensor.device != self.device:
+                raise _unlike(BadParamError, "workspace", f"device {self.device}", tensor.device)
+            workspace = tensor.address
+        if not isinstance(size, (int, np.integer)):
+            raise BadParamTypeError("workspace_size", "must be an int", repr(size))
+        if size < self.workspace_size:
+            rule = f"must be at least {self.workspace_size} bytes"
+            raise InsufficientWorkspaceError("workspace_size", rule, size)
+        if not workspace and self.workspace_size:
+            raise NullPointerError("workspace", "must be memory on the device", repr(workspace))
+        return workspace or 0
+
+
+def paged_caching(
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    slot_mapping: Any,
+    *,
+    layout: str = "HND",
+    stream: Any = None,
+) -> None:
+    """Write the K and V of each token to its slot, in one call.
+
+    The descriptor for arrays of these shapes, strides, dtypes and device is made on the first call
+    and found again on later ones.
+
+    Parameters
+    ----------
+    k_cache, v_cache, k, v, slot_mapping : array
+        See `Descriptor.create`.
+    layout : {"HND", "NHD"}
+    stream : optional
+        See `Descriptor.calculate`, also for what is and is not synchronised.
+
+    Raises
+    ------
+    PagedCacheError
+        Before anything is launched and with nothing written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pagedcache as pc
+    >>> cache = np.zeros((2, 4, 1, 2, 8), np.float16)  # K and V: 4 blocks of 2 slots, 1 head of 8
+    >>> k, v = np.ones((3, 1, 8), np.float16), np.full((3, 1, 8), 2, np.float16)
+    >>> pc.paged_caching(cache[0], cache[1], k, v, np.array([6, -1, 1]))
+    >>> cache[0, :, 0, :, 0].tolist()  # slot 6 is block 3, offset 0; -1 is padding
+    [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    """
+    arrays = (k_cache, v_cache, k, v, slot_mapping)
+    tensors = [adopt(name, array) for name, array in zip(NAMES, arrays, strict=True)]
+    key = (layout, *(_signature(tensor) for tensor in tensors))
+    try:
+        descriptor = _descriptors.get(key)
+    except TypeError:  # a layout that cannot be hashed is no layout
+        descriptor = None
+    if descriptor is None:
+        descriptor = Descriptor.create(*arrays, layout=layout)
+        if len(_descriptors) >= _MOST_DESCRIPTORS:
+            _descriptors.clear()
+        _descriptors[key] = descriptor
+    descriptor.calculate(*arrays, stream=stream)
+
+
+_MOST_DESCRIPTORS = 256
+_descriptors: dict[Any, Descriptor] = {}
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    shape = tensor.shape
+    # The token axis is free, and it is the first of every tensor that is not a cache.
+    return tensor.dtype, shape if len(shape) == 4 else shape[1:], tensor.strides, tensor.device
+
+
+def _describe(name: str, array: Any) -> TensorDescriptor:
+    if isinstance(array, TensorDescriptor):
+        return array
+    tensor = adopt(name, array)
+    described = tensor.describe(name)
+    if name.endswith("_cache") and not tensor.writable:
+        raise BadParamError(name, "must be writable", "a read-only array")
+    return described
+
+
+def _common_device(described: list[TensorDescriptor]) -> str | None:
+    """Return the one device of those that have one; an index, where given, decides."""
+    place: str | None = None
+    origin = ""
+    for name, tensor in zip(NAMES, described, strict=True):
+        if tensor.device is None:
+            continue
+        _, index = parse_device(f"device of {name}", tensor.device)
+        if place is not None and not _same_device(place, tensor.device):
+            raise BadParamError(name, f"must be on {place} as {origin} is", tensor.device)
+        if place is None or index is not None:
+            place, origin = tensor.device, name
+    return place
+
+
+def _same_device(one: str, other: str) -> bool:
+    """Compare two device names; one without an index is any of its type."""
+    (kind, index), (other_kind, other_index) = (
+        parse_device("device", one),
+        parse_device("device", other),
+    )
+    return kind == other_kind and (None in (index, other_index) or index == other_index)
+
+
+def _expectations(info: PagedCachingInfo) -> tuple[_Expected, ...]:
+    size, slot_size = info.dtype.itemsize, info.slot_dtype.itemsize
+    expected = []
+    for letter, head_size in (("k", info.head_size), ("v", info.v_head_size)):
+        heads = (info.num_kv_heads, getattr(info, f"{letter}_cache_head_stride") * size)
+        slots = (info.block_size, getattr(info, f"{letter}_cache_slot_stride") * size)
+        middle = (heads, slots) if info.layout == "HND" else (slots, heads)
+        expected.append(
+            _Expected(
+                info.dtype,
+                (info.num_blocks, *(length for length, _ in middle), head_size),
+                (
+                    getattr(info, f"{letter}_cache_block_stride") * size,
+                    *(step for _, step in middle),
+                    size,
+                ),
+            )
+        )
+    for letter, head_size in (("k", info.head_size), ("v", info.v_head_size)):
+        steps = (getattr(info, f"{letter}_{axis}_stride") * size for axis in ("token", "head"))
+        expected.append(_Expected(info.dtype, (info.num_kv_heads, head_size), (*steps, size)))
+    expected.append(_Expected(info.slot_dtype, (), (slot_size,)))
+    return tuple(expected)
+
+
+def _address(name: str, address: int, dtype: Dtype, count: int) -> int:
+    if address % dtype.itemsize:
+        rule = f"must start at a multiple of its item size ({dtype.itemsize} bytes)"
+        raise BadParamError(name, rule, hex(address))
+    if address <= 0 and count:
+        raise NullPointerError(name, "must not be a null pointer", hex(address))
+    return address
+
+
+def _unlike(kind: type[Exception], name: str, expected: str, got: object) -> Exception:
+    return kind(name, f"must have {expected} as at create", got)

@@ -1,0 +1,164 @@
+"""The one place that decides how a caller's object becomes an address with a shape.
+
+Everything behind it sees a `Tensor` or a `TensorDescriptor` and never an array library.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pagedcache.dtypes import Dtype, as_dtype
+from pagedcache.status import (
+    BadParamTypeError,
+    BadTensorShapeError,
+    BadTensorStridesError,
+    NullPointerError,
+)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class TensorDescriptor:
+    """What a tensor looks like, without its data.
+
+    Parameters
+    ----------
+    dtype : dtype-like
+        Element type, as a NumPy dtype or a name such as ``"bfloat16"``.
+    shape : sequence of int
+        Length of each axis.
+    strides : sequence of int, optional
+        Step of each axis in elements, not bytes. Row-major if not given.
+    device : str, optional
+        Where the data will be: ``"cpu"``, ``"cuda:0"``. Not given: wherever the handle is.
+
+    Raises
+    ------
+    BadTensorDtypeError
+        `dtype` names no dtype.
+    BadTensorShapeError
+        `shape` is not a sequence of ints that are 0 or more.
+    BadTensorStridesError
+        `strides` is not one int for each axis.
+    """
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    device: str | None
+
+    def __init__(
+        self,
+        dtype: object,
+        shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        device: str | None = None,
+    ) -> None:
+        lengths = _ints(shape)
+        if lengths is None or any(length < 0 for length in lengths):
+            raise BadTensorShapeError("shape", "must be ints of 0 or more", repr(shape))
+        steps = row_major(lengths) if strides is None else _ints(strides)
+        if steps is None or len(steps) != len(lengths):
+            rule = f"must be {len(lengths)} ints, one for each axis of shape {lengths}"
+            raise BadTensorStridesError("strides", rule, repr(strides))
+        if device is not None and not isinstance(device, str):
+            raise BadParamTypeError("device", "must be a str such as 'cuda:0'", repr(device))
+        object.__setattr__(self, "dtype", as_dtype("dtype", dtype))
+        object.__setattr__(self, "shape", lengths)
+        object.__setattr__(self, "strides", steps)
+        object.__setattr__(self, "device", device)
+
+
+class Tensor(NamedTuple):
+    """An array of any library, as the backends see it."""
+
+    address: int
+    dtype: Dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes, as every array library has them
+    device: str
+    writable: bool
+
+    def describe(self, subject: str) -> TensorDescriptor:
+        """Return the descriptor of this tensor; its strides become elements."""
+        size = self.dtype.itemsize
+        if any(step % size for step in self.strides):
+            rule = f"must have strides that are multiples of its item size ({size} bytes)"
+            raise BadTensorStridesError(subject, rule, f"{self.strides} bytes")
+        steps = tuple(step // size for step in self.strides)
+        return TensorDescriptor(self.dtype, self.shape, steps, self.device)
+
+
+def adopt(subject: str, array: object) -> Tensor:
+    """Read address, dtype, shape, strides and device of an array, without a copy.
+
+    Parameters
+    ----------
+    subject : str
+        The argument to name in an error.
+    array : numpy.ndarray or cupy.ndarray
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    NullPointerError
+        `array` is ``None``.
+    BadParamTypeError
+        `array` is not an array.
+    """
+    reader = _READERS.get(type(array)) or _find_reader(subject, array)
+    return reader(array)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _ints(values: Sequence[int]) -> tuple[int, ...] | None:
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        return None
+
+
+def _read_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+    return Tensor(
+        array.ctypes.data, array.dtype, array.shape, array.strides, "cpu", array.flags.writeable
+    )
+
+
+_CUDA_DEVICES = tuple(f"cuda:{index}" for index in range(64))
+
+
+def _read_cupy(array: Any) -> Tensor:
+    memory = array.data
+    return Tensor(
+        memory.ptr, array.dtype, array.shape, array.strides, _CUDA_DEVICES[memory.device_id], True
+    )
+
+
+_READERS: dict[type, Callable[[Any], Tensor]] = {np.ndarray: _read_numpy}
+
+
+def _find_reader(subject: str, array: object) -> Callable[[Any], Tensor]:
+    if array is None:
+        raise NullPointerError(subject, "must be an array", "None")
+    if isinstance(array, np.ndarray):
+        reader: Callable[[Any], Tensor] = _read_numpy
+    # An array of a library can only exist once that library is imported.
+    elif (cupy := sys.modules.get("cupy")) is not None and isinstance(array, cupy.ndarray):
+        reader = _read_cupy
+    else:
+        rule = "must be a NumPy or CuPy array"
+        raise BadParamTypeError(subject, rule, f"{type(array).__module__}.{type(array).__name__}")
+    return _READERS.setdefault(type(array), reader)

@@ -1,0 +1,17 @@
+"""What the tests share: whether there is a GPU, and how a case is made and run."""
+
+from __future__ import annotations
+
+import pytest
+
+import pagedcache as pc
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    cuda = pc.backends()["cuda"]
+    if not cuda.usable:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=cuda.reason))

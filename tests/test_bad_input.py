@@ -1,0 +1,479 @@
+"""Bad input: the right status, type and words, nothing written, and the next good call works."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import pytest
+from layouts import expected, same, simple_case
+from numpy.lib.stride_tricks import as_strided
+
+import pagedcache as pc
+from pagedcache import infiniop
+from pagedcache.status import Status
+
+NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
+
+
+def swap(name, change):
+    """Return a change of the arguments that replaces one array."""
+    return lambda arrays: {**arrays, name: change(arrays[name])}
+
+
+def frozen(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def misaligned(array):
+    raw = np.zeros(array.nbytes + 1, np.uint8)
+    return raw[1:].view(array.dtype).reshape(array.shape)
+
+
+# (change of good arguments, status, built-in type, words that the message must have)
+TENSORS = [
+    *[
+        (swap(name, lambda a: a.astype(np.float64)), Status.BAD_TENSOR_DTYPE, TypeError,
+         [name, "float64"])
+        for name in NAMES[:4]
+    ],
+    *[
+        (swap(name, lambda a: a.astype(np.float32)), Status.BAD_TENSOR_DTYPE, TypeError,
+         ["must be", "float32"])
+        for name in NAMES[:4]
+    ],
+    *[
+        (swap("slot_mapping", lambda a, t=t: a.astype(t)), Status.BAD_TENSOR_DTYPE, TypeError,
+         ["slot_mapping", "int64 or int32", np.dtype(t).name])
+        for t in (np.uint64, np.uint32, np.int16, np.float32, np.bool_)
+    ],
+    (swap("k", lambda a: a.astype(">f2")), Status.BAD_TENSOR_DTYPE, TypeError, ["k ", ">f2"]),
+    *[
+        (swap(name, lambda a: a.reshape(-1)[:1].reshape(())), Status.BAD_TENSOR_SHAPE,
+         ValueError, [name, "axes", "shape"])
+        for name in NAMES
+    ],
+    *[
+        (swap(name, lambda a: a[None]), Status.BAD_TENSOR_SHAPE, ValueError, [name, "axes"])
+        for name in NAMES
+    ],
+    (swap("v_cache", lambda a: a[:-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v_cache", "num_blocks of k_cache, 7"]),
+    (swap("v_cache", lambda a: a[:, :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v_cache", "num_kv_heads of k_cache, 3"]),
+    (swap("v_cache", lambda a: a[:, :, :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v_cache", "block_size of k_cache, 4"]),
+    (swap("v_cache", lambda a: a[..., :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v must have the head_size of v_cache, 7"]),
+    (swap("k", lambda a: a[:, :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["k must have the num_kv_heads of k_cache, 3"]),
+    (swap("k", lambda a: a[..., :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["k must have the head_size of k_cache, 8"]),
+    (swap("v", lambda a: a[:, :-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v must have the num_kv_heads of k_cache, 3"]),
+    (swap("k", lambda a: a[:-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["k must have a row for each of the 9 slots", "8 rows"]),
+    (swap("v", lambda a: a[:-1].copy()), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["v must have a row for each of the 9 slots", "8 rows"]),
+    (swap("k_cache", lambda a: a[:0]), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["k_cache", "num_blocks of at least 1"]),
+    (swap("k_cache", lambda a: a[..., :0]), Status.BAD_TENSOR_SHAPE, ValueError,
+     ["k_cache", "head_size of at least 1"]),
+    *[
+        (swap(name, lambda a: np.repeat(a, 2, axis=-1)[..., ::2]), Status.BAD_TENSOR_STRIDES,
+         ValueError, [name, "stride 1 on its last axis"])
+        for name in NAMES
+    ],
+    *[
+        (swap(name, lambda a: a[::-1]), Status.BAD_TENSOR_STRIDES, ValueError, [name, "negative"])
+        for name in NAMES[:4]
+    ],
+    *[
+        (swap(name, lambda a: as_strided(a, a.shape, (0, *a.strides[1:]))),
+         Status.BAD_TENSOR_STRIDES, ValueError, [name, "stride 0"])
+        for name in NAMES[:2]
+    ],
+]  # fmt: skip
+
+OBJECTS = [
+    *[
+        (swap(name, lambda a: None), Status.NULL_POINTER, TypeError, [name, "None"])
+        for name in NAMES
+    ],
+    *[
+        (swap(name, lambda a: a.tolist()), Status.BAD_PARAM, TypeError, [name, "array", "list"])
+        for name in NAMES
+    ],
+    (swap("k", lambda a: "k"), Status.BAD_PARAM, TypeError, ["k must be", "str"]),
+    (swap("k", lambda a: 1.5), Status.BAD_PARAM, TypeError, ["k must be", "float"]),
+    *[
+        (swap(name, frozen), Status.BAD_PARAM, ValueError, [name, "writable", "read-only"])
+        for name in NAMES[:2]
+    ],
+    *[
+        (swap(name, misaligned), Status.BAD_PARAM, ValueError, [name, "multiple of its item size"])
+        for name in NAMES
+    ],
+]
+
+
+def good():
+    case = simple_case(dtype="float16")
+    return case, dict(zip(NAMES, case.arrays(), strict=True))
+
+
+def refused(call, status, kind, words):
+    with pytest.raises(pc.PagedCacheError) as caught:
+        call()
+    error = caught.value
+    assert error.status == status
+    assert isinstance(error, kind)
+    for word in words:
+        assert word in str(error), str(error)
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("change", "status", "kind", "words"), TENSORS + OBJECTS)
+def test_arrays(change, status, kind, words):
+    case, arrays = good()
+    untouched = case.copy().buffers
+    changed = change(arrays)
+    before = {
+        name: array.copy() for name, array in changed.items() if isinstance(array, np.ndarray)
+    }
+    refused(lambda: pc.paged_caching(*changed.values()), status, kind, words)
+    if (change, status, kind, words) not in OBJECTS:
+        refused(lambda: pc.Descriptor.create(*changed.values()), status, kind, words)
+    for name, array in before.items():
+        assert np.array_equal(array, changed[name], equal_nan=array.dtype.kind == "f")
+    same(case, untouched)
+
+    # A descriptor made for the good ones refuses the bad ones too, and then serves the good ones.
+    with pc.Descriptor.create(*arrays.values()) as descriptor:
+        with pytest.raises(pc.PagedCacheError) as caught:
+            descriptor.calculate(*changed.values())
+        assert isinstance(caught.value, (TypeError, ValueError))
+        same(case, untouched)
+        wanted = expected(case)
+        descriptor.calculate(*arrays.values())
+    same(case, wanted)
+
+
+@pytest.mark.parametrize("layout", ["hnd", "NDH", "", None, 3, ["HND"]])
+def test_layout(layout):
+    _, arrays = good()
+    words = ["layout", "HND, NHD", repr(layout)]
+    refused(
+        lambda: pc.paged_caching(*arrays.values(), layout=layout), Status.BAD_PARAM, ValueError,
+        words,
+    )  # fmt: skip
+    refused(
+        lambda: pc.Descriptor.create(*arrays.values(), layout=layout), Status.BAD_PARAM,
+        ValueError, words,
+    )  # fmt: skip
+
+
+def test_use_after_destroy():
+    case, arrays = good()
+    descriptor = pc.Descriptor.create(*arrays.values())
+    descriptor.destroy()
+    descriptor.destroy()
+    for call in (
+        lambda: descriptor.calculate(*arrays.values()),
+        lambda: descriptor.launch_config(1),
+        lambda: descriptor.__enter__(),
+    ):
+        refused(call, Status.BAD_PARAM, RuntimeError, ["descriptor", "destroy"])
+    assert "destroyed" in repr(descriptor)
+    handle = pc.Handle("cpu")
+    kept = pc.Descriptor.create(*arrays.values(), handle=handle)
+    handle.destroy()
+    refused(
+        lambda: pc.Descriptor.create(*arrays.values(), handle=handle), Status.BAD_PARAM,
+        RuntimeError, ["handle", "destroy"],
+    )  # fmt: skip
+    wanted = expected(case)
+    kept.calculate(*arrays.values())
+    same(case, wanted)
+
+
+class NeedsWorkspace:
+    """A backend's implementation that wants scratch memory."""
+
+    workspace_size = 64
+
+    def __init__(self):
+        self.got = []
+
+    def calculate(self, *arguments):
+        self.got.append(arguments)
+
+
+def test_workspace():
+    _, arrays = good()
+    with pc.Descriptor.create(*arrays.values()) as plain:
+        info = plain.info
+        refused(
+            lambda: plain.calculate(*arrays.values(), workspace_size=-1),
+            Status.INSUFFICIENT_WORKSPACE, ValueError, ["workspace_size", "at least 0", "-1"],
+        )  # fmt: skip
+        refused(
+            lambda: plain.calculate(*arrays.values(), workspace_size="64"),
+            Status.BAD_PARAM, TypeError, ["workspace_size", "int"],
+        )  # fmt: skip
+    opaque = NeedsWorkspace()
+    descriptor = pc.Descriptor(info, "cpu", opaque)
+    scratch = np.zeros(64, np.uint8)
+    for size in (0, 63):
+        refused(
+            lambda size=size: descriptor.calculate(
+                *arrays.values(), workspace=scratch, workspace_size=size
+            ),
+            Status.INSUFFICIENT_WORKSPACE, ValueError, ["workspace_size", "64 bytes", str(size)],
+        )  # fmt: skip
+    refused(
+        lambda: descriptor.calculate(*arrays.values(), workspace_size=64),
+        Status.NULL_POINTER, ValueError, ["workspace"],
+    )  # fmt: skip
+    assert opaque.got == []
+    descriptor.calculate(*arrays.values(), workspace=scratch, workspace_size=64)
+    assert opaque.got[0][6] == scratch.ctypes.data
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "kind", "words"),
+    [
+        ("tpu", Status.DEVICE_TYPE_NOT_SUPPORTED, ValueError, ["device", "cpu, cuda", "'tpu'"]),
+        ("tpu:0", Status.DEVICE_TYPE_NOT_SUPPORTED, ValueError, ["'tpu'"]),
+        ("cpu:1", Status.DEVICE_NOT_FOUND, ValueError, ["device", "cpu:1"]),
+        ("CUDA", Status.BAD_PARAM, ValueError, ["device", "cuda:0"]),
+        ("cuda:-1", Status.BAD_PARAM, ValueError, ["device"]),
+        ("", Status.BAD_PARAM, ValueError, ["device"]),
+        (0, Status.BAD_PARAM, TypeError, ["device", "str"]),
+    ],
+)
+def test_devices(device, status, kind, words):
+    refused(lambda: pc.Handle(device), status, kind, words)
+
+
+def test_tensors_on_different_devices():
+    _, arrays = good()
+    described = [
+        pc.TensorDescriptor(array.dtype, array.shape, device="cpu") for array in arrays.values()
+    ]
+    described[2] = pc.TensorDescriptor(arrays["k"].dtype, arrays["k"].shape, device="cuda:0")
+    words = ["k must be on cpu as k_cache is", "cuda:0"]
+    refused(lambda: pc.Descriptor.create(*described), Status.BAD_PARAM, ValueError, words)
+    described = [
+        pc.TensorDescriptor(array.dtype, array.shape, device="tpu:0") for array in arrays.values()
+    ]
+    refused(
+        lambda: pc.Descriptor.create(*described), Status.DEVICE_TYPE_NOT_SUPPORTED, ValueError,
+        ["tpu"],
+    )  # fmt: skip
+    refused(
+        lambda: pc.Descriptor.create(*described, handle=pc.Handle("cpu")), Status.BAD_PARAM,
+        ValueError, ["handle", "tpu:0", "cpu"],
+    )  # fmt: skip
+    refused(
+        lambda: pc.Descriptor.create(*arrays.values(), handle="cpu"), Status.BAD_PARAM, TypeError,
+        ["handle", "pagedcache.Handle"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "kind"),
+    [
+        (("no_such_type", (2,)), Status.BAD_TENSOR_DTYPE, TypeError),
+        ((None, (2,)), Status.BAD_TENSOR_DTYPE, TypeError),
+        (("float16", (2, -1)), Status.BAD_TENSOR_SHAPE, ValueError),
+        (("float16", 3), Status.BAD_TENSOR_SHAPE, ValueError),
+        (("float16", (2.5,)), Status.BAD_TENSOR_SHAPE, ValueError),
+        (("float16", (2, 3), (1,)), Status.BAD_TENSOR_STRIDES, ValueError),
+        (("float16", (2, 3), "ab"), Status.BAD_TENSOR_STRIDES, ValueError),
+        (("float16", (2, 3), None, 0), Status.BAD_PARAM, TypeError),
+    ],
+)
+def test_tensor_descriptors(arguments, status, kind):
+    refused(lambda: pc.TensorDescriptor(*arguments), status, kind, ["must be"])
+
+
+def test_addresses():
+    case, arrays = good()
+    untouched = case.copy().buffers
+    with pc.Descriptor.create(*arrays.values()) as descriptor:
+        for position, name in enumerate(NAMES):
+            addresses = case.addresses()
+            addresses[position] = 0
+            refused(partial(descriptor.calculate, *addresses), Status.NULL_POINTER, ValueError,
+                    [name, "null"])  # fmt: skip
+            addresses[position] = case.addresses()[position] + 1
+            refused(partial(descriptor.calculate, *addresses), Status.BAD_PARAM, ValueError,
+                    [name, "multiple"])  # fmt: skip
+        same(case, untouched)
+        refused(lambda: descriptor.launch_config(-1), Status.BAD_PARAM, ValueError,
+                ["num_tokens", "-1"])  # fmt: skip
+    refused(lambda: pc.Descriptor.create(*case.addresses()), Status.BAD_PARAM, TypeError,
+            ["k_cache", "int"])  # fmt: skip
+
+
+def kind_of(dtype):
+    kinds = {np.dtype(kind): number for number, kind in infiniop._DTYPES.items()}
+    return kinds.get(dtype, infiniop.InfiniDtype.INVALID)
+
+
+@pytest.mark.parametrize(("change", "status", "kind", "words"), TENSORS)
+def test_infiniop_returns_the_status(change, status, kind, words):
+    _, arrays = good()
+    changed = change(arrays)
+    ok, handle = infiniop.infiniopCreateHandle(infiniop.InfiniDevice.CPU, 0)
+    assert ok == Status.SUCCESS
+    described = []
+    for array in changed.values():
+        strides = [step // array.itemsize for step in array.strides]
+        number = kind_of(array.dtype)
+        if number is infiniop.InfiniDtype.INVALID:  # a byte order that C has no number for
+            number = infiniop.InfiniDtype.F64
+        ok, tensor = infiniop.infiniopCreateTensorDescriptor(
+            array.ndim, array.shape, strides, number
+        )
+        assert ok == Status.SUCCESS
+        described.append(tensor)
+    assert infiniop.infiniopCreatePagedCachingDescriptor(handle, *described) == (status, None)
+
+
+def test_infiniop_never_raises():
+    create = infiniop.infiniopCreateTensorDescriptor
+    assert infiniop.infiniopCreateHandle(99, 0) == (Status.DEVICE_TYPE_NOT_SUPPORTED, None)
+    assert infiniop.infiniopCreateHandle("cpu", 0) == (Status.DEVICE_TYPE_NOT_SUPPORTED, None)
+    assert infiniop.infiniopCreateHandle(infiniop.InfiniDevice.ASCEND, 0) == (
+        Status.DEVICE_TYPE_NOT_SUPPORTED, None,
+    )  # fmt: skip
+    assert infiniop.infiniopCreateHandle(infiniop.InfiniDevice.CPU, 5) == (
+        Status.DEVICE_NOT_FOUND, None,
+    )  # fmt: skip
+    assert infiniop.infiniopCreateHandle(infiniop.InfiniDevice.CPU, -1) == (Status.BAD_PARAM, None)
+    assert infiniop.infiniopDestroyHandle(None) == Status.NULL_POINTER
+    assert infiniop.infiniopDestroyHandle(3) == Status.BAD_PARAM
+    assert infiniop.infiniopDestroyTensorDescriptor(None) == Status.NULL_POINTER
+    assert infiniop.infiniopDestroyPagedCachingDescriptor(None) == Status.NULL_POINTER
+    assert infiniop.infiniopGetPagedCachingWorkspaceSize(None) == (Status.NULL_POINTER, None)
+    assert create(1, None, None, infiniop.InfiniDtype.F16) == (Status.NULL_POINTER, None)
+    assert create(1, (3,), None, 0) == (Status.BAD_TENSOR_DTYPE, None)
+    assert create(1, (3,), None, 77) == (Status.BAD_TENSOR_DTYPE, None)
+    assert create(2, (3,), None, infiniop.InfiniDtype.F16) == (Status.BAD_TENSOR_SHAPE, None)
+    assert create(1, (-3,), None, infiniop.InfiniDtype.F16) == (Status.BAD_TENSOR_SHAPE, None)
+    assert create("x", (3,), None, infiniop.InfiniDtype.F16)[0] != Status.SUCCESS
+    status, tensor = create(2, (3, 4), (8, 1), infiniop.InfiniDtype.BF16)
+    assert status == Status.SUCCESS
+    assert (tensor.shape, tensor.strides) == ((3, 4), (8, 1))
+    assert tensor.dtype == ml_dtypes.bfloat16
+    assert infiniop.infiniopCreatePagedCachingDescriptor(None, *[tensor] * 5) == (
+        Status.NULL_POINTER, None,
+    )  # fmt: skip
+    _, handle = infiniop.infiniopCreateHandle(infiniop.InfiniDevice.CPU, 0)
+    assert infiniop.infiniopCreatePagedCachingDescriptor(handle, None, *[tensor] * 4) == (
+        Status.NULL_POINTER, None,
+    )  # fmt: skip
+    assert infiniop.infiniopPagedCaching(None, 0, 0, 1, 1, 1, 1, 1, 0) == Status.NULL_POINTER
+
+    case, arrays = good()
+    untouched = case.copy().buffers
+    descriptor = pc.Descriptor.create(*arrays.values())
+    for position in range(5):
+        for nothing in (0, None):
+            addresses = case.addresses()
+            addresses[position] = nothing
+            got = infiniop.infiniopPagedCaching(descriptor, 0, 0, *addresses, 0)
+            assert got == Status.NULL_POINTER
+        addresses[position] = arrays["k"]
+        got = infiniop.infiniopPagedCaching(descriptor, 0, 0, *addresses, 0)
+        assert got == Status.BAD_PARAM
+    got = infiniop.infiniopPagedCaching(descriptor, 0, -1, *case.addresses(), 0)
+    assert got == Status.INSUFFICIENT_WORKSPACE
+    same(case, untouched)
+    wanted = expected(case)
+    assert infiniop.infiniopPagedCaching(descriptor, 0, 0, *case.addresses(), 0) == Status.SUCCESS
+    same(case, wanted)
+
+
+def python(program, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_import_takes_neither_cupy_nor_cuda():
+    done = python(
+        "import sys, pagedcache, pagedcache.infiniop\n"
+        "pagedcache.Handle('cpu')\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('cupy', 'cuda', 'cupy_backends')])"
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_no_cupy():
+    done = python(
+        "import sys; sys.modules['cupy'] = None\n"
+        "import pagedcache as pc\n"
+        "print(pc.Handle().device)\n"
+        "try: pc.Handle('cuda')\n"
+        "except pc.PagedCacheError as e: print(e.status.name, isinstance(e, ImportError), e)\n"
+        "print(pc.infiniop.infiniopCreateHandle(1, 0)[0].name)"
+    )
+    assert done.stderr == ""
+    cpu, error, status = done.stdout.splitlines()
+    assert cpu == "cpu"
+    assert error.startswith("DEVICE_NOT_INITIALIZED True backend cuda needs CuPy (pip install")
+    assert status == "DEVICE_NOT_INITIALIZED"
+
+
+def test_no_driver(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    if cupy.cuda.runtime.driverGetVersion():
+        pytest.skip("there is a driver here")
+    with pytest.raises(RuntimeError, match="needs the NVIDIA driver") as caught:
+        pc.Handle("cuda")
+    assert caught.value.status == Status.DEVICE_NOT_INITIALIZED
+    assert infiniop.infiniopCreateHandle(infiniop.InfiniDevice.NVIDIA, 0) == (
+        Status.DEVICE_NOT_INITIALIZED, None,
+    )  # fmt: skip
+
+
+def test_no_nvrtc(monkeypatch):
+    cupy = pytest.importorskip("cupy")
+    from pagedcache.backends import nvidia
+
+    class Missing:
+        def getVersion(self):  # noqa: N802
+            raise RuntimeError("libnvrtc was not found")
+
+    monkeypatch.setattr(nvidia, "_count_devices", lambda: 1)
+    monkeypatch.setattr(cupy.cuda, "nvrtc", Missing())
+    nvidia._check_nvrtc.cache_clear()
+    with pytest.raises(ImportError, match=r"needs NVRTC .*libnvrtc was not found") as caught:
+        pc.Handle("cuda")
+    assert caught.value.status == Status.DEVICE_NOT_INITIALIZED
+
+
+def test_a_cache_folder_that_cannot_be_written():
+    pytest.importorskip("cupy")
+    done = python(
+        "import pagedcache as pc\n"
+        "try: pc.Handle('cuda')\n"
+        "except pc.PagedCacheError as e: print(e.status.name, e)\n"
+        "print(pc.Handle('cpu').device)",
+        CUPY_CACHE_DIR="/proc/nowhere",
+    )
+    assert done.stderr == ""
+    error, cpu = done.stdout.splitlines()
+    assert error.startswith("DEVICE_NOT_INITIALIZED")
+    assert cpu == "cpu"
