@@ -1,0 +1,98 @@
+"""The NVIDIA backend: kernels compiled by NVRTC through CuPy. CuPy is imported by `check`."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, MissingLibraryError
+
+if TYPE_CHECKING:
+    from pagedcache.backends.nvidia.device import CudaDevice
+
+INSTALL = "pip install 'pagedcache[cuda13]' or, for a CUDA 12 driver, 'pagedcache[cuda12]'"
+
+
+class NvidiaBackend:
+    """Serves ``"cuda"``."""
+
+    def check(self) -> None:
+        """Import CuPy and ask for a driver, a device and NVRTC.
+
+        Raises
+        ------
+        MissingLibraryError
+            CuPy or NVRTC cannot be loaded.
+        DeviceNotInitializedError
+            There is no usable driver.
+        DeviceNotFoundError
+            The driver sees no GPU.
+        """
+        _count_devices()
+        _check_nvrtc()
+
+    def open(self, index: int | None) -> CudaDevice:
+        """Return GPU `index`, or CuPy's current one.
+
+        Raises
+        ------
+        DeviceNotFoundError
+            There is no such GPU.
+        DeviceArchitectureNotSupportedError
+            It cannot run 512 threads in a block.
+        """
+        count = _count_devices()
+        current: int = import_cupy().cuda.runtime.getDevice()
+        if index is not None and index >= count:
+            rule = f"must be one of the {count} GPUs here (cuda:0 to cuda:{count - 1})"
+            raise DeviceNotFoundError("device", rule, f"cuda:{index}")
+        return _open(current if index is None else index)
+
+
+def import_cupy() -> Any:
+    """Import CuPy.
+
+    Raises
+    ------
+    MissingLibraryError
+        It is not installed, or it fails to import; the message says what to do.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        rule = f"needs CuPy ({INSTALL}): {error}"
+        raise MissingLibraryError("backend cuda", rule) from error
+    except OSError as error:
+        rule = f"needs a cache folder for CuPy that can be written; set CUPY_CACHE_DIR: {error}"
+        raise DeviceNotInitializedError("backend cuda", rule) from error
+    return cupy
+
+
+@functools.cache
+def _count_devices() -> int:
+    runtime = import_cupy().cuda.runtime
+    try:
+        count: int = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if runtime.driverGetVersion():
+            raise DeviceNotFoundError("backend cuda", f"found no usable GPU: {error}") from error
+        rule = f"needs the NVIDIA driver, which is not on this machine: {error}"
+        raise DeviceNotInitializedError("backend cuda", rule) from error
+    return count
+
+
+@functools.cache
+def _check_nvrtc() -> None:
+    cupy = import_cupy()
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        rule = f"needs NVRTC ({INSTALL}): {error}"
+        raise MissingLibraryError("backend cuda", rule) from error
+
+
+@functools.cache
+def _open(index: int) -> CudaDevice:
+    from pagedcache.backends.nvidia.device import CudaDevice
+
+    return CudaDevice(index)

@@ -1,0 +1,177 @@
+"""The paged caching write on a GPU: access width, geometry, and the kernel's parameter block.
+
+The kernel is ``cuda_src/paged_caching.cuh``. What is here touches no CUDA itself; all of it goes
+through the device that it is given, so a test can give it one that runs the kernel on the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import TYPE_CHECKING, Any
+
+from pagedcache.backends.protocol import LaunchConfig
+from pagedcache.status import NotSupportedError
+
+if TYPE_CHECKING:
+    from pagedcache.backends.nvidia.device import CudaDevice
+    from pagedcache.interface.info import PagedCachingInfo
+
+FILE = "paged_caching.cuh"
+WIDTHS = (16, 8, 4, 2)
+TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SLOT_NAMES = {"int64": "long long", "int32": "int"}
+# Threads in a block, for each class of device; the H200 was measured, the others follow from it.
+THREADS = {4096: 512, 1024: 128, 512: 64}
+
+# struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
+_LAUNCH = struct.Struct("=6Q")  # k_cache, v_cache, k, v, slot_mapping, vectors
+# ... then those of the descriptor: num_slots, the divisors (2 + 1 + 1 words), k_rows, v_rows.
+_WORDS = 6 + 1 + 4 + 2 * 6
+
+
+def instance(dtype: str, slot_dtype: str, width: int) -> str:
+    """Return the C++ name of the kernel that moves `width` bytes a thread."""
+    return (
+        f"pagedcache::pagedCaching<pagedcache::{TYPE_NAMES[dtype]}, {SLOT_NAMES[slot_dtype]}, "
+        f"{width}>"
+    )
+
+
+class PagedCaching:
+    """A compiled write. Threads may share it: each call has a parameter block to itself."""
+
+    workspace_size = 0
+
+    def __init__(self, info: PagedCachingInfo, device: CudaDevice) -> None:
+        self._device = device
+        self._threads = THREADS[device.limits.thread_class]
+        self._slot_size = info.slot_dtype.itemsize
+        alignment = _alignment(info)
+        widths = [width for width in WIDTHS if info.dtype.itemsize <= width <= alignment]
+        names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in widths)
+        functions = device.compile(FILE, names)
+        # Addresses are known only at each call, so a narrower instance may be needed for some.
+        most = min(2**32, device.limits.max_grid_x * self._threads) - self._threads
+        self._kernels = {
+            width: _Kernel(info, width, function, most)
+            for width, function in zip(widths, functions, strict=True)
+        }
+        self._widest = self._kernels[widths[0]]
+        self._alignment_mask = widths[0] - 1
+
+    def launch_config(self, num_tokens: int) -> LaunchConfig:
+        """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""
+        tokens = min(num_tokens, self._widest.most_tokens)
+        blocks = -(-tokens * self._widest.vectors_per_token // self._threads)
+        return LaunchConfig((max(blocks, 1), 1, 1), (self._threads, 1, 1))
+
+    def calculate(
+        self,
+        k_cache: int,
+        v_cache: int,
+        k: int,
+        v: int,
+        slot_mapping: int,
+        num_tokens: int,
+        workspace: int,
+        stream: Any,
+    ) -> None:
+        """Queue the write, given the addresses of all five tensors."""
+        misaligned = (k_cache | v_cache | k | v) & self._alignment_mask
+        # The lowest bit that is set is the alignment that all four addresses share.
+        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
+        handle = self._device.stream(stream)
+        # Taking from and giving to a list is atomic, so no two threads hold one block.
+        try:
+            block = kernel.blocks.pop()
+        except IndexError:
+            block = _ParameterBlock(kernel.constants)
+        while num_tokens:
+            # The kernel counts vectors in 32 bits; more of them take another launch.
+            tokens = min(num_tokens, kernel.most_tokens)
+            vectors = tokens * kernel.vectors_per_token
+            _LAUNCH.pack_into(block.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
+            # The driver copies the parameters before the launch returns.
+            self._device.launch(
+                kernel.function, -(-vectors // self._threads), self._threads, block.address, handle
+            )
+            k += tokens * kernel.k_token_stride
+            v += tokens * kernel.v_token_stride
+            slot_mapping += tokens * self._slot_size
+            num_tokens -= tokens
+        kernel.blocks.append(block)
+
+
+class _Kernel:
+    """One compiled instance with what stays the same from call to call."""
+
+    def __init__(self, info: PagedCachingInfo, width: int, function: Any, most: int) -> None:
+        size = info.dtype.itemsize
+        k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
+        per_head = max(k_per_head, v_per_head)
+        self.function = function
+        self.vectors_per_token = info.num_kv_heads * per_head
+        self.most_tokens = most // self.vectors_per_token
+        if not self.most_tokens:
+            rule = f"must have at most {most * width} bytes of K or V in a token"
+            raise NotSupportedError("k_cache", rule, self.vectors_per_token * width)
+        self.k_token_stride = info.k_token_stride * size
+        self.v_token_stride = info.v_token_stride * size
+        self.constants: list[ctypes.c_uint64 | int] = [
+            info.num_slots,
+            info.block_size,
+            _reciprocal(info.block_size, 64),
+            self.vectors_per_token | _reciprocal(self.vectors_per_token, 32) << 32,
+            per_head | _reciprocal(per_head, 32) << 32,
+            self.k_token_stride,
+            info.k_head_stride * size,
+            info.k_cache_block_stride * size,
+            info.k_cache_slot_stride * size,
+            info.k_cache_head_stride * size,
+            k_per_head,
+            self.v_token_stride,
+            info.v_head_stride * size,
+            info.v_cache_block_stride * size,
+            info.v_cache_slot_stride * size,
+            info.v_cache_head_stride * size,
+            v_per_head,
+        ]
+        self.blocks: list[_ParameterBlock] = []
+
+
+class _ParameterBlock:
+    """Memory that holds the kernel's one argument, and the address list that a launch takes."""
+
+    def __init__(self, constants: list[ctypes.c_uint64 | int]) -> None:
+        self.words = (ctypes.c_uint64 * _WORDS)()
+        self.words[_WORDS - len(constants) :] = constants
+        self._list = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
+        self.address = ctypes.addressof(self._list)
+
+
+def _reciprocal(value: int, bits: int) -> int:
+    """Return what struct Divisor multiplies with to divide by `value` exactly."""
+    return ((1 << bits) - 1) // value
+
+
+def _alignment(info: PagedCachingInfo) -> int:
+    """Return the widest access that every stride and row length allows."""
+    elements = 16 // info.dtype.itemsize
+    for length in (
+        info.head_size,
+        info.v_head_size,
+        info.k_token_stride,
+        info.k_head_stride,
+        info.v_token_stride,
+        info.v_head_stride,
+        info.k_cache_block_stride,
+        info.k_cache_head_stride,
+        info.k_cache_slot_stride,
+        info.v_cache_block_stride,
+        info.v_cache_head_stride,
+        info.v_cache_slot_stride,
+    ):
+        while length % elements:
+            elements //= 2
+    return elements * info.dtype.itemsize

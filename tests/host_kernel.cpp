@@ -1,0 +1,75 @@
+// Runs the kernel source on the CPU: enough of CUDA for a kernel whose threads never meet.
+
+#include <cstddef>
+
+struct uint2 {
+  unsigned int x, y;
+};
+struct alignas(16) uint4 {
+  unsigned int x, y, z, w;
+};
+struct Dimension {
+  unsigned int x;
+};
+static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+
+static inline unsigned int __umulhi(unsigned int a, unsigned int b) {
+  return static_cast<unsigned int>((static_cast<unsigned long long>(a) * b) >> 32);
+}
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+
+#include "paged_caching.cuh"
+
+using Kernel = void (*)(pagedcache::PagedCachingParameters);
+
+template <typename T, typename Slot>
+static Kernel pick(int width) {
+  switch (width) {
+    case 16:
+      return pagedcache::pagedCaching<T, Slot, 16>;
+    case 8:
+      return pagedcache::pagedCaching<T, Slot, 8>;
+    case 4:
+      return pagedcache::pagedCaching<T, Slot, 4>;
+    default:
+      if constexpr (sizeof(T) == 2) return pagedcache::pagedCaching<T, Slot, 2>;
+      return nullptr;
+  }
+}
+
+// dtype: 0 F16, 1 BF16, 2 F32. Blocks and threads run one after the other.
+extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, unsigned int threads,
+                   const pagedcache::PagedCachingParameters* parameters) {
+  using namespace pagedcache;
+  const bool wide = slot_bytes == 8;
+  const Kernel kernel = dtype == 0 ? (wide ? pick<F16, long long>(width) : pick<F16, int>(width))
+                        : dtype == 1
+                            ? (wide ? pick<BF16, long long>(width) : pick<BF16, int>(width))
+                            : (wide ? pick<F32, long long>(width) : pick<F32, int>(width));
+  if (kernel == nullptr) return 1;
+  gridDim.x = blocks;
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*parameters);
+  return 0;
+}
+
+extern "C" std::size_t parameters_size() { return sizeof(pagedcache::PagedCachingParameters); }
+
+extern "C" unsigned long long divide64(unsigned long long dividend, unsigned long long value,
+                                       unsigned long long reciprocal,
+                                       unsigned long long* remainder) {
+  return pagedcache::Divisor<unsigned long long>{value, reciprocal}.divide(dividend, *remainder);
+}
+
+extern "C" unsigned int divide32(unsigned int dividend, unsigned int value, unsigned int reciprocal,
+                                 unsigned int* remainder) {
+  return pagedcache::Divisor<unsigned int>{value, reciprocal}.divide(dividend, *remainder);
+}

@@ -1,0 +1,78 @@
+"""Every instance of the kernel, compiled by NVRTC to machine code for every architecture."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pagedcache.backends.nvidia import paged_caching as nvidia
+from pagedcache.backends.nvidia import source
+from pagedcache.status import Status
+
+cupy = pytest.importorskip("cupy", reason="CuPy, which brings NVRTC's interface, is not installed")
+nvrtc = cupy.cuda.nvrtc
+
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+INSTANCES = [
+    (dtype, slots, width)
+    for dtype in nvidia.TYPE_NAMES
+    for slots in nvidia.SLOT_NAMES
+    for width in nvidia.WIDTHS
+    if width >= (4 if dtype == "float32" else 2)
+]
+# What CuPy adds to every compilation; neither an include path nor a header is given.
+OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
+
+
+def compile_for(architecture, text, expressions):
+    program = nvrtc.createProgram(text, "kernel.cu", (), ())
+    try:
+        for expression in expressions:
+            nvrtc.addNameExpression(program, expression)
+        try:
+            nvrtc.compileProgram(program, (*OPTIONS, f"-arch=sm_{architecture}"))
+        except nvrtc.NVRTCError:
+            raise AssertionError(nvrtc.getProgramLog(program)) from None
+        names = [nvrtc.getLoweredName(program, expression) for expression in expressions]
+        return names, nvrtc.getCUBIN(program), nvrtc.getPTX(program).decode()
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_instance_compiles(architecture):
+    if architecture not in nvrtc.getSupportedArchs():
+        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not make code for sm_{architecture}")
+    expressions = [nvidia.instance(*instance) for instance in INSTANCES]
+    assert len(expressions) == 22
+    names, cubin, ptx = compile_for(architecture, source.read(nvidia.FILE), expressions)
+    assert cubin.startswith(b"\x7fELF")
+    for (_, _, width), name in zip(INSTANCES, names, strict=True):
+        assert name.encode() in cubin
+        body = re.search(rf"\.entry {name}\((.*?)^}}", ptx, re.DOTALL | re.MULTILINE)[1]
+        vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}[width]
+        # K and V by one load and one store of the promised width each; the slot, signed, is the
+        # only other load.
+        assert len(re.findall(r"ld\.global", body)) == 3
+        assert len(re.findall(rf"ld\.global\.{re.escape(vector)}", body)) == 2
+        assert len(re.findall(r"st\.global", body)) == 2
+        assert len(re.findall(rf"st\.global\.{re.escape(vector)}", body)) == 2
+        assert ".local" not in body  # no spills
+        assert ".shared" not in body
+
+
+def test_a_kernel_that_does_not_compile_says_why():
+    with pytest.raises(AssertionError, match="a vector must hold whole elements"):
+        compile_for(90, source.read(nvidia.FILE), [nvidia.instance("float32", "int64", 2)])
+
+
+def test_a_device_below_512_threads_is_refused():
+    from pagedcache.backends.nvidia.device import Limits
+
+    limits = Limits("old", (1, 0), 1, 511, 65535)
+    with pytest.raises(RuntimeError, match="at least 512 threads in a block, got 511") as caught:
+        _ = limits.thread_class
+    assert caught.value.status == Status.DEVICE_ARCHITECTURE_NOT_SUPPORTED
+    classes = [Limits("", (9, 0), 1, most, 1).thread_class for most in (512, 1024, 4096, 2048)]
+    assert classes == [512, 1024, 4096, 1024]

@@ -1,0 +1,175 @@
+"""The real kernel source and the real nvidia backend, run on the CPU by a host compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layouts import cases, expected, same, simple_case
+
+import pagedcache as pc
+from pagedcache.backends.nvidia import paged_caching as nvidia
+from pagedcache.backends.nvidia import source
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+
+
+@dataclasses.dataclass
+class FakeLimits:
+    thread_class: int = 1024
+    max_grid_x: int = 2**31 - 1
+    multiprocessors: int = 4
+
+
+class HostDevice:
+    """Stands where a CudaDevice stands, and runs each launch on the calling thread."""
+
+    name = "cpu"
+
+    def __init__(self, library, **limits):
+        self.library = library
+        self.limits = FakeLimits(**limits)
+        self.launches = []
+
+    def compile(self, file, expressions):
+        assert file == "paged_caching.cuh"
+        return [self.parse(expression) for expression in expressions]
+
+    @staticmethod
+    def parse(expression):
+        match = re.fullmatch(
+            r"pagedcache::pagedCaching<pagedcache::(B?F\d\d), (int|long long), (\d+)>", expression
+        )
+        dtype = ("F16", "BF16", "F32").index(match[1])
+        return dtype, 4 if match[2] == "int" else 8, int(match[3])
+
+    def stream(self, stream):
+        return 0
+
+    def launch(self, function, blocks, threads, arguments, stream):
+        self.launches.append((function, blocks, threads))
+        parameters = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        assert self.library.run(*function, blocks, threads, parameters) == 0
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    built = tmp_path_factory.mktemp("host_kernel") / "kernel.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    program = [shutil.which("g++"), *flags, "-I", source.folder(), HERE / "host_kernel.cpp"]
+    subprocess.run([*program, "-o", built], check=True)
+    library = ctypes.CDLL(str(built))
+    library.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint] * 2 + [ctypes.c_void_p]
+    library.parameters_size.restype = ctypes.c_size_t
+    for bits, kind in ((32, ctypes.c_uint32), (64, ctypes.c_uint64)):
+        divide = getattr(library, f"divide{bits}")
+        divide.restype = kind
+        divide.argtypes = [kind] * 3 + [ctypes.POINTER(kind)]
+    return library
+
+
+def descriptor_on(device, case):
+    arrays = [tensor_descriptor(case, name) for name in
+              ("k_cache", "v_cache", "k", "v", "slot_mapping")]  # fmt: skip
+    info = pc.PagedCachingInfo.create(*arrays, layout=case.layout)
+    return pc.Descriptor(info, "cpu", nvidia.PagedCaching(info, device))
+
+
+def tensor_descriptor(case, name):
+    dtype, _, shape, strides = case.recipe[name]
+    return pc.TensorDescriptor(dtype, shape, strides)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(cases(), st.sampled_from([512, 1024, 4096]), st.sampled_from([8, 20, 2**31 - 1]))
+def test_kernel_writes_what_the_definition_says(library, case, thread_class, max_grid_x):
+    device = HostDevice(library, thread_class=thread_class, max_grid_x=max_grid_x)
+    wanted = expected(case)
+    with descriptor_on(device, case) as descriptor:
+        descriptor.calculate(*case.arrays())
+    same(case, wanted)
+    for _, blocks, _ in device.launches:
+        assert blocks <= max_grid_x
+
+
+def test_parameter_block_is_the_struct(library):
+    assert library.parameters_size() == 8 * nvidia._WORDS
+
+
+@settings(max_examples=2000)
+@given(st.data(), st.sampled_from([32, 64]))
+def test_division_is_exact(library, data, bits):
+    most = 2**bits - 1
+    dividend = data.draw(st.one_of(st.integers(0, most), st.integers(0, 4096)))
+    value = data.draw(st.one_of(st.integers(1, most), st.integers(1, 4096)))
+    kind = ctypes.c_uint32 if bits == 32 else ctypes.c_uint64
+    remainder = kind()
+    quotient = getattr(library, f"divide{bits}")(
+        dividend, value, nvidia._reciprocal(value, bits), ctypes.byref(remainder)
+    )
+    assert (quotient, remainder.value) == divmod(dividend, value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k_size", "v_size", "shift", "width"),
+    [
+        ("bfloat16", 128, 128, 0, 16),
+        ("bfloat16", 576, 512, 0, 16),
+        ("bfloat16", 100, 100, 0, 8),
+        ("bfloat16", 128, 4, 0, 8),
+        ("bfloat16", 18, 18, 0, 4),
+        ("bfloat16", 15, 16, 0, 2),
+        ("float32", 3, 4, 0, 4),
+        ("float32", 4, 4, 0, 16),
+        ("bfloat16", 128, 128, 8, 8),
+        ("bfloat16", 128, 128, 2, 2),
+        ("float32", 64, 64, 4, 4),
+    ],
+)
+def test_widest_access_that_alignment_allows(library, dtype, k_size, v_size, shift, width):
+    case = simple_case(k_size=k_size, v_size=v_size, dtype=dtype)
+    device = HostDevice(library)
+    with descriptor_on(device, case) as descriptor:
+        addresses = dict(zip(case.views, (2**20,) * 5, strict=True))
+        addresses["k"] += shift
+        device.launch = lambda function, *rest: device.launches.append(function)
+        descriptor.calculate(*addresses.values())
+    assert [function[2] for function in device.launches] == [width]
+
+
+def test_one_launch_without_idle_blocks(library):
+    case = simple_case(tokens=1000, heads=8, k_size=128, v_size=128, blocks=70, block_size=16)
+    device = HostDevice(library)
+    with descriptor_on(device, case) as descriptor:
+        config = descriptor.launch_config(1000)
+        descriptor.calculate(*case.arrays())
+    [(_, blocks, threads)] = device.launches
+    assert (blocks, threads) == (config.grid[0], config.block[0])
+    assert config.shared_mem == 0
+    assert blocks * threads == 1000 * 8 * 128 * 2 // 16  # 16 bytes of K and of V a thread
+
+
+def test_threads_share_a_descriptor(library):
+    from concurrent.futures import ThreadPoolExecutor
+
+    several = [simple_case(tokens=200, blocks=60, seed=seed) for seed in range(8)]
+    wanted = [expected(case) for case in several]
+    with descriptor_on(HostDevice(library), several[0]) as descriptor:
+
+        def write(case):
+            for _ in range(50):
+                descriptor.calculate(*case.arrays())
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, several))
+    for case, buffers in zip(several, wanted, strict=True):
+        same(case, buffers)

@@ -1,0 +1,94 @@
+"""The wheel, the sdist and an editable install each compile a kernel from their own cuda_src."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+OFFLINE = ["--no-deps", "--no-build-isolation", "--no-index"]
+
+pytest.importorskip("hatchling")
+pytestmark = pytest.mark.skipif(
+    not (CHECKOUT / "pyproject.toml").exists(), reason="there is no checkout here"
+)
+
+COMPILE = """
+import site, sys
+before = set(sys.path)
+site.addsitedir({target!r})
+sys.path.sort(key=lambda path: path in before)  # ahead of the copy that the tests themselves use
+import pagedcache
+from pagedcache.backends.nvidia import paged_caching, source
+from cupy.cuda import nvrtc
+program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
+name = paged_caching.instance("bfloat16", "int64", 16)
+nvrtc.addNameExpression(program, name)
+nvrtc.compileProgram(program, ("--std=c++17", "-arch=sm_80"))
+print(pagedcache.__file__)
+print(source.folder())
+print(len(nvrtc.getCUBIN(program)))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("checkout") / "pagedcache"
+    keep = ("pagedcache", "cuda_src", "tests")
+    for name in keep:
+        shutil.copytree(
+            CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        )
+    for file in CHECKOUT.iterdir():
+        if file.is_file():
+            shutil.copy(file, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(checkout, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", out, "-t", "wheel", "-t", "sdist"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    return {"wheel": next(out.glob("*.whl")), "sdist": next(out.glob("*.tar.gz"))}
+
+
+@pytest.mark.parametrize("way", ["wheel", "sdist", "editable"])
+def test_compiles_from_its_own_copy(way, checkout, built, tmp_path):
+    pytest.importorskip("cupy")
+    what = ["-e", checkout] if way == "editable" else [built[way]]
+    subprocess.run([*PIP, *OFFLINE, "--target", tmp_path, *what], check=True)
+    program = [sys.executable, "-I", "-c", COMPILE.format(target=str(tmp_path))]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    package, folder, length = done.stdout.splitlines()
+    home = checkout if way == "editable" else tmp_path
+    assert Path(package) == home / "pagedcache" / "__init__.py"
+    assert Path(folder).is_relative_to(home)
+    assert int(length) > 1000
+
+
+def test_wheel_holds_what_it_should(built):
+    with zipfile.ZipFile(built["wheel"]) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert "pagedcache/cuda_src/paged_caching.cuh" in names
+    assert "pagedcache/py.typed" in names
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pagedcache"}
+    needs = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    assert sorted(re.match(r"[\w-]+", need)[0] for need in needs if "extra" not in need) == [
+        "ml-dtypes",
+        "numpy",
+    ]
+    assert not [need for need in needs if re.match(r"cupy\b(?!-cuda)", need)]
+    for extra in ("cuda12", "cuda13", "test", "demo"):
+        assert f"Provides-Extra: {extra}" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
