@@ -69,7 +69,7 @@ struct Rows {
   unsigned long long vectors_per_head;
 };
 
-// The host packs this struct as 8-byte words: see pagedcache/backends/nvidia/paged_caching.py.
+// The host packs this struct as 8-byte words: see pagedcache/backend/nvidia/paged_caching.py.
 struct PagedCachingParameters {
   // of this launch
   char* k_cache;

@@ -3,8 +3,9 @@
 In dependency order, each importing only what stands above it:
 
 - `status`, `dtypes`, `tensors`: error codes, data types, and how an array becomes an address
-- `backends`: one folder for each type of device; its `registry` finds them, nothing else does
-- `interface`: what callers hold: handle, info, descriptor
+- `info`: every rule that the five tensors must obey, and the sizes and strides that follow
+- `backend`: one folder for each type of device, found through its `registry`
+- `interface`: what callers hold: handle and descriptor
 - `infiniop`: the same operator behind InfiniCore's C functions
 - `demo`, `__main__`: the command line
 
@@ -12,11 +13,11 @@ The kernels are CUDA source in ``cuda_src``. Importing this package imports neit
 """
 
 from pagedcache import infiniop, status
-from pagedcache.backends.protocol import LaunchConfig
-from pagedcache.backends.registry import BackendReport, backends, register_backend
+from pagedcache.backend.protocol import LaunchConfig
+from pagedcache.backend.registry import BackendReport, backends, register_backend
+from pagedcache.info import PagedCachingInfo
 from pagedcache.interface.descriptor import Descriptor, paged_caching
 from pagedcache.interface.handle import Handle
-from pagedcache.interface.info import PagedCachingInfo
 from pagedcache.status import PagedCacheError, Status
 from pagedcache.tensors import TensorDescriptor
 

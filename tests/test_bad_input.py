@@ -450,7 +450,7 @@ def test_no_driver(monkeypatch):
 
 def test_no_nvrtc(monkeypatch):
     cupy = pytest.importorskip("cupy")
-    from pagedcache.backends import nvidia
+    from pagedcache.backend import nvidia
 
     class Missing:
         def getVersion(self):  # noqa: N802

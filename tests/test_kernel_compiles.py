@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pagedcache.backends.nvidia import paged_caching as nvidia
-from pagedcache.backends.nvidia import source
+from pagedcache.backend.nvidia import paged_caching as nvidia
+from pagedcache.backend.nvidia import source
 from pagedcache.status import Status
 
 cupy = pytest.importorskip("cupy", reason="CuPy, which brings NVRTC's interface, is not installed")
@@ -68,7 +68,7 @@ def test_a_kernel_that_does_not_compile_says_why():
 
 
 def test_a_device_below_512_threads_is_refused():
-    from pagedcache.backends.nvidia.device import Limits
+    from pagedcache.backend.nvidia.device import Limits
 
     limits = Limits("old", (1, 0), 1, 511, 65535)
     with pytest.raises(RuntimeError, match="at least 512 threads in a block, got 511") as caught:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from layouts import cases, expected, same, simple_case
 
 import pagedcache as pc
-from pagedcache.backends.nvidia import paged_caching as nvidia
-from pagedcache.backends.nvidia import source
+from pagedcache.backend.nvidia import paged_caching as nvidia
+from pagedcache.backend.nvidia import source
 
 HERE = Path(__file__).parent
 

@@ -26,7 +26,7 @@ before = set(sys.path)
 site.addsitedir({target!r})
 sys.path.sort(key=lambda path: path in before)  # ahead of the copy that the tests themselves use
 import pagedcache
-from pagedcache.backends.nvidia import paged_caching, source
+from pagedcache.backend.nvidia import paged_caching, source
 from cupy.cuda import nvrtc
 program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
 name = paged_caching.instance("bfloat16", "int64", 16)

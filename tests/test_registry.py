@@ -10,8 +10,8 @@ import pytest
 from layouts import simple_case
 
 import pagedcache as pc
-from pagedcache.backends import registry
-from pagedcache.backends.protocol import LaunchConfig
+from pagedcache.backend import registry
+from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.status import Status
 
 

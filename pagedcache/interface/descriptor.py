@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pagedcache.info import PagedCachingInfo
 from pagedcache.interface.handle import Handle, parse_device
-from pagedcache.interface.info import PagedCachingInfo
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
@@ -22,7 +22,7 @@ from pagedcache.status import (
 from pagedcache.tensors import Tensor, TensorDescriptor, adopt
 
 if TYPE_CHECKING:
-    from pagedcache.backends.protocol import LaunchConfig
+    from pagedcache.backend.protocol import LaunchConfig
     from pagedcache.dtypes import Dtype
 
 NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")

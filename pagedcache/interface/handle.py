@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pagedcache.backends.registry import backend_of, backends
+from pagedcache.backend.registry import backend_of, backends
 from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
 
 if TYPE_CHECKING:
-    from pagedcache.backends.protocol import Device
+    from pagedcache.backend.protocol import Device
 
 
 class Handle:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, MissingLibraryError
 
 if TYPE_CHECKING:
-    from pagedcache.backends.nvidia.device import CudaDevice
+    from pagedcache.backend.nvidia.device import CudaDevice
 
 INSTALL = "pip install 'pagedcache[cuda13]' or, for a CUDA 12 driver, 'pagedcache[cuda12]'"
 
@@ -93,6 +93,6 @@ def _check_nvrtc() -> None:
 
 @functools.cache
 def _open(index: int) -> CudaDevice:
-    from pagedcache.backends.nvidia.device import CudaDevice
+    from pagedcache.backend.nvidia.device import CudaDevice
 
     return CudaDevice(index)

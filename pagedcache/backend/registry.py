@@ -23,13 +23,13 @@ from pagedcache.status import (
 )
 
 if TYPE_CHECKING:
-    from pagedcache.backends.protocol import Backend
+    from pagedcache.backend.protocol import Backend
 
 ENTRY_POINT_GROUP = "pagedcache.backends"
 
 _targets = {
-    "cpu": "pagedcache.backends.cpu:CpuBackend",
-    "cuda": "pagedcache.backends.nvidia:NvidiaBackend",
+    "cpu": "pagedcache.backend.cpu:CpuBackend",
+    "cuda": "pagedcache.backend.nvidia:NvidiaBackend",
 }
 
 
@@ -63,7 +63,7 @@ def register_backend(device_type: str, target: str) -> None:
     device_type : str
         Lower-case name, the part of a device before the colon: ``"ascend"`` in ``"ascend:0"``.
     target : str
-        ``"package.module:Class"``; the class satisfies `pagedcache.backends.protocol.Backend`.
+        ``"package.module:Class"``; the class satisfies `pagedcache.backend.protocol.Backend`.
 
     Raises
     ------

@@ -10,12 +10,12 @@ import ctypes
 import struct
 from typing import TYPE_CHECKING, Any
 
-from pagedcache.backends.protocol import LaunchConfig
+from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
-    from pagedcache.backends.nvidia.device import CudaDevice
-    from pagedcache.interface.info import PagedCachingInfo
+    from pagedcache.backend.nvidia.device import CudaDevice
+    from pagedcache.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
 WIDTHS = (16, 8, 4, 2)

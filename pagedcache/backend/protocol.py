@@ -1,4 +1,4 @@
-"""What a backend is: the shape that `pagedcache.backends.registry` loads and handles hold.
+"""What a backend is: the shape that `pagedcache.backend.registry` loads and handles hold.
 
 A backend serves one type of device. It opens devices, and a device makes the implementation of an
 operator from that operator's info. An implementation is opaque to the interface layer: it gets

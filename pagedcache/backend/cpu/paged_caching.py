@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagedcache.backends.protocol import LaunchConfig
+from pagedcache.backend.protocol import LaunchConfig
 
 if TYPE_CHECKING:
-    from pagedcache.interface.info import PagedCachingInfo
+    from pagedcache.info import PagedCachingInfo
 
 Array = np.ndarray[Any, Any]
 

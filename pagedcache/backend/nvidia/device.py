@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 from cupy.cuda import driver, runtime
 
-from pagedcache.backends.nvidia import source
+from pagedcache.backend.nvidia import source
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
