@@ -95,6 +95,11 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   static_assert(kWidth % sizeof(T) == 0, "a vector must hold whole elements");
   using V = typename Vector<kWidth>::type;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
+  // that one wrote may be read before here. Launched otherwise, it does nothing.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= p.vectors) return;
   unsigned int in_token, in_head;

@@ -95,6 +95,26 @@ class Tensor(NamedTuple):
         return TensorDescriptor(self.dtype, self.shape, steps, self.device)
 
 
+class Reader(NamedTuple):
+    """How the arrays of one library are read.
+
+    Attributes
+    ----------
+    look : callable
+        From an array to a tuple of all that a `Tensor` holds but the address, the shape first.
+        Arrays that look the same, of whatever library, are the same to every check. Meant to be
+        cheap, since it is called for each array at each call: about 0.3 us.
+    address : callable
+        From an array to its address.
+    read : callable
+        From an array to a `Tensor`.
+    """
+
+    look: Callable[[Any], tuple[Any, ...]]
+    address: Callable[[Any], int]
+    read: Callable[[Any], Tensor]
+
+
 def adopt(subject: str, array: object) -> Tensor:
     """Read address, dtype, shape, strides and device of an array, without a copy.
 
@@ -115,8 +135,8 @@ def adopt(subject: str, array: object) -> Tensor:
     BadParamTypeError
         `array` is not an array.
     """
-    reader = _READERS.get(type(array)) or _find_reader(subject, array)
-    return reader(array)
+    reader = readers.get(type(array)) or _find_reader(subject, array)
+    return reader.read(array)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,28 +157,37 @@ def _read_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     )
 
 
-_CUDA_DEVICES = tuple(f"cuda:{index}" for index in range(64))
-
-
 def _read_cupy(array: Any) -> Tensor:
     memory = array.data
-    return Tensor(
-        memory.ptr, array.dtype, array.shape, array.strides, _CUDA_DEVICES[memory.device_id], True
-    )
+    device = f"cuda:{memory.device_id}"
+    return Tensor(memory.ptr, array.dtype, array.shape, array.strides, device, writable=True)
 
 
-_READERS: dict[type, Callable[[Any], Tensor]] = {np.ndarray: _read_numpy}
+# attrgetter takes all of them in one call, which is what makes a look cheap.
+_NUMPY = Reader(
+    operator.attrgetter("shape", "strides", "dtype", "device", "flags.writeable"),
+    operator.attrgetter("ctypes.data"),
+    _read_numpy,
+)
+_CUPY = Reader(
+    operator.attrgetter("shape", "strides", "dtype", "data.device_id"),
+    operator.attrgetter("data.ptr"),
+    _read_cupy,
+)
+
+readers: dict[type, Reader] = {np.ndarray: _NUMPY}
+"""By type of array; a type is entered when the first array of it is seen."""
 
 
-def _find_reader(subject: str, array: object) -> Callable[[Any], Tensor]:
+def _find_reader(subject: str, array: object) -> Reader:
     if array is None:
         raise NullPointerError(subject, "must be an array", "None")
     if isinstance(array, np.ndarray):
-        reader: Callable[[Any], Tensor] = _read_numpy
+        reader = _NUMPY
     # An array of a library can only exist once that library is imported.
     elif (cupy := sys.modules.get("cupy")) is not None and isinstance(array, cupy.ndarray):
-        reader = _read_cupy
+        reader = _CUPY
     else:
         rule = "must be a NumPy or CuPy array"
         raise BadParamTypeError(subject, rule, f"{type(array).__module__}.{type(array).__name__}")
-    return _READERS.setdefault(type(array), reader)
+    return readers.setdefault(type(array), reader)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -55,10 +56,14 @@ class HostDevice:
     def stream(self, stream):
         return 0
 
-    def launch(self, function, blocks, threads, arguments, stream):
-        self.launches.append((function, blocks, threads))
-        parameters = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
-        assert self.library.run(*function, blocks, threads, parameters) == 0
+    def prepare(self, function, threads, words):
+        words = (ctypes.c_uint64 * len(words))(*words)
+        assert ctypes.sizeof(words) == self.library.parameters_size()
+        return SimpleNamespace(function=function, threads=threads, words=words)
+
+    def launch(self, launch, blocks, stream):
+        self.launches.append((launch.function, blocks, launch.threads))
+        assert self.library.run(*launch.function, blocks, launch.threads, launch.words) == 0
 
 
 @pytest.fixture(scope="session")
@@ -101,10 +106,6 @@ def test_kernel_writes_what_the_definition_says(library, case, thread_class, max
         assert blocks <= max_grid_x
 
 
-def test_parameter_block_is_the_struct(library):
-    assert library.parameters_size() == 8 * nvidia._WORDS
-
-
 @settings(max_examples=2000)
 @given(st.data(), st.sampled_from([32, 64]))
 def test_division_is_exact(library, data, bits):
@@ -141,9 +142,9 @@ def test_widest_access_that_alignment_allows(library, dtype, k_size, v_size, shi
     with descriptor_on(device, case) as descriptor:
         addresses = dict(zip(case.views, (2**20,) * 5, strict=True))
         addresses["k"] += shift
-        device.launch = lambda function, *rest: device.launches.append(function)
+        device.launch = lambda launch, *rest: device.launches.append(launch)
         descriptor.calculate(*addresses.values())
-    assert [function[2] for function in device.launches] == [width]
+    assert [launch.function[2] for launch in device.launches] == [width]
 
 
 def test_one_launch_without_idle_blocks(library):

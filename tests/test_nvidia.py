@@ -179,6 +179,64 @@ def test_threads_that_never_used_cuda(cupy):
         same(there, on_cpu(case))
 
 
+LATE = r"""
+extern "C" __global__ void late(unsigned short *k, unsigned short *v, long long *slots, int tokens,
+                                int row, int capacity, int round) {
+#if __CUDA_ARCH__ >= 900
+  // The next kernel may start now, long before what it reads is written.
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  const long long start = clock64();
+  while (clock64() - start < 20000) {
+  }
+  for (int i = threadIdx.x + blockIdx.x * blockDim.x; i < tokens * row; i += blockDim.x * gridDim.x) {
+    k[i] = i * 7 + round;
+    v[i] = i * 5 + round * 3;
+  }
+  for (int i = threadIdx.x + blockIdx.x * blockDim.x; i < tokens; i += blockDim.x * gridDim.x)
+    slots[i] = ((i + round) * 17LL) % capacity;  // 17 and the capacity have no common factor
+}
+"""
+
+
+@pytest.mark.parametrize("programmatic", [True, False])
+def test_a_late_producer(cupy, monkeypatch, programmatic):
+    device = pc.Handle("cuda:0").opened()
+    if programmatic and not device.programmatic:
+        pytest.skip("this GPU or driver has no programmatic dependent launch")
+    monkeypatch.setattr(device, "programmatic", programmatic)
+    late = cupy.RawKernel(LATE, "late")
+    tokens, heads, size, blocks, block_size = 50, 8, 128, 40, 16
+    shape = (blocks, heads, block_size, size)
+    k_cache, v_cache = cupy.zeros(shape, np.uint16), cupy.zeros(shape, np.uint16)
+    k, v = (cupy.zeros((tokens, heads, size), np.uint16) for _ in "kv")
+    slots = cupy.zeros(tokens, np.int64)
+    halves = [array.view(np.float16) for array in (k_cache, v_cache, k, v)]
+    wrong = cupy.zeros((), np.int64)
+    index = cupy.arange(tokens * heads * size).reshape(tokens, heads, size)
+    with pc.Descriptor.create(*halves, slots) as descriptor:
+        for turn in range(3000):
+            late((4,), (256,), (k, v, slots, np.int32(tokens), np.int32(heads * size),
+                                np.int32(blocks * block_size), np.int32(turn)))  # fmt: skip
+            descriptor.calculate(*halves, slots)
+            where = (cupy.arange(tokens) + turn) * 17 % (blocks * block_size)
+            block, offset = where // block_size, where % block_size
+            wrong += (k_cache[block, :, offset] != (index * 7 + turn).astype(np.uint16)).sum()
+            wrong += (v_cache[block, :, offset] != (index * 5 + turn * 3).astype(np.uint16)).sum()
+    assert int(wrong) == 0
+
+
+def test_libraries_in_turn(cupy):
+    case = simple_case()
+    there = case.on(cupy.asarray)
+    wanted = on_cpu(case)
+    for _ in range(3):
+        pc.paged_caching(*there.arrays())
+        pc.paged_caching(*case.arrays())
+    same(case, wanted)
+    same(there, wanted)
+
+
 def test_infiniop_on_device_addresses(cupy):
     case = simple_case(dtype="bfloat16", slots="int64")
     there = case.on(cupy.asarray)
@@ -238,6 +296,7 @@ def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
         opaque = descriptor._opaque
+        opaque._widest.launches.clear()
         opaque._threads = 1 << 20  # more than any device runs in a block
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import cupy
 from cupy.cuda import driver, runtime
 
 from pagedcache.backend.nvidia import source
+from pagedcache.backend.nvidia.launch import Launch, launch_extended
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
@@ -71,6 +74,9 @@ class CudaDevice:
     name : str
         ``"cuda:0"``.
     limits : Limits
+    programmatic : bool
+        Whether launches ask for programmatic dependent launch: on compute capability 9.0 and up,
+        unless the environment variable ``PAGEDCACHE_PDL`` is 0.
     """
 
     def __init__(self, index: int) -> None:
@@ -78,7 +84,9 @@ class CudaDevice:
         self.name = f"cuda:{index}"
         self.limits = _query(index)
         _ = self.limits.thread_class  # refuses a device that is too small
-        self._compiled: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
+        self.programmatic = self.limits.compute_capability >= (9, 0) and _can_be_programmatic()
+        # The modules are kept because the functions end with them.
+        self._compiled: dict[tuple[str, tuple[str, ...]], tuple[Any, list[int]]] = {}
 
     def describe(self) -> str:
         """Return the GPU's name, compute capability and size."""
@@ -98,7 +106,7 @@ class CudaDevice:
         module, _, attribute = OPERATORS[name].partition(":")
         return getattr(importlib.import_module(f".{module}", __package__), attribute)(info, self)
 
-    def compile(self, file: str, expressions: tuple[str, ...]) -> list[Any]:
+    def compile(self, file: str, expressions: tuple[str, ...]) -> list[int]:
         """Compile template instances of a source file, or load them from CuPy's cache on disk.
 
         What this device was asked for once is found again at no cost.
@@ -112,8 +120,8 @@ class CudaDevice:
 
         Returns
         -------
-        list
-            A function for each, to give to `launch`.
+        list of int
+            The CUfunction of each.
 
         Raises
         ------
@@ -127,13 +135,12 @@ class CudaDevice:
                     code=source.read(file), options=OPTIONS, name_expressions=expressions
                 )
                 try:
-                    self._compiled[key] = [
-                        module.get_function(expression).kernel for expression in expressions
-                    ]
+                    functions = [module.get_function(name).kernel.ptr for name in expressions]
                 except cupy.cuda.compiler.CompileException as error:
                     rule = f"does not compile for {self.describe()}:\n{error}"
                     raise CompileError(file, rule) from error
-        return self._compiled[key]
+            self._compiled[key] = module, functions
+        return self._compiled[key][1]
 
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream; ``None`` is CuPy's current one on this device."""
@@ -152,17 +159,20 @@ class CudaDevice:
         rule = "must be None, a cupy.cuda.Stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
 
-    def launch(self, function: Any, blocks: int, threads: int, arguments: int, stream: int) -> None:
+    def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:
+        """Return a `Launch` of a function that `compile` returned, to be given to `launch`."""
+        return Launch(function, threads, words, programmatic=self.programmatic)
+
+    def launch(self, launch: Launch, blocks: int, stream: int) -> None:
         """Queue a launch of a one-dimensional grid.
 
         Parameters
         ----------
-        function
-            From `compile`.
-        blocks, threads : int
-        arguments : int
-            Address of the array of addresses of the kernel's arguments.
+        launch : Launch
+            From `prepare`, with its words filled in.
+        blocks : int
         stream : int
+            From `stream`.
 
         Raises
         ------
@@ -171,25 +181,32 @@ class CudaDevice:
         """
         if runtime.getDevice() != self.index:
             with cupy.cuda.Device(self.index):
-                self._launch(function, blocks, threads, arguments, stream)
+                self._launch(launch, blocks, stream)
         else:
-            self._launch(function, blocks, threads, arguments, stream)
+            self._launch(launch, blocks, stream)
 
-    def _launch(
-        self, function: Any, blocks: int, threads: int, arguments: int, stream: int
-    ) -> None:
-        launch = (function.ptr, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+    def _launch(self, launch: Launch, blocks: int, stream: int) -> None:
         try:
-            driver.launchKernel(*launch)
+            launch.run(blocks, stream)
         except driver.CUDADriverError as error:
             if error.status != _NO_CONTEXT:
                 raise LaunchError("launch", f"on {self.name} failed: {error}") from error
             # A thread that never called CUDA has no context yet.
             runtime.setDevice(self.index)
             try:
-                driver.launchKernel(*launch)
+                launch.run(blocks, stream)
             except driver.CUDADriverError as again:
                 raise LaunchError("launch", f"on {self.name} failed: {again}") from again
+
+
+def _can_be_programmatic() -> bool:
+    if os.environ.get("PAGEDCACHE_PDL") == "0":
+        return False
+    try:
+        launch_extended()
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def _query(index: int) -> Limits:

@@ -1,4 +1,4 @@
-"""The paged caching write on a GPU: access width, geometry, and the kernel's parameter block.
+"""The paged caching write on a GPU: access width, geometry, and the kernel's parameters.
 
 The kernel is ``cuda_src/paged_caching.cuh``. What is here touches no CUDA itself; all of it goes
 through the device that it is given, so a test can give it one that runs the kernel on the host.
@@ -6,7 +6,6 @@ through the device that it is given, so a test can give it one that runs the ker
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
     from pagedcache.backend.nvidia.device import CudaDevice
+    from pagedcache.backend.nvidia.launch import Launch
     from pagedcache.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
@@ -25,9 +25,9 @@ SLOT_NAMES = {"int64": "long long", "int32": "int"}
 THREADS = {4096: 512, 1024: 128, 512: 64}
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
-_LAUNCH = struct.Struct("=6Q")  # k_cache, v_cache, k, v, slot_mapping, vectors
-# ... then those of the descriptor: num_slots, the divisors (2 + 1 + 1 words), k_rows, v_rows.
-_WORDS = 6 + 1 + 4 + 2 * 6
+_LAUNCH_WORDS = 6  # k_cache, v_cache, k, v, slot_mapping, vectors
+_LAUNCH = struct.Struct(f"={_LAUNCH_WORDS}Q")
+# ... then those of the descriptor, in the order of `_Kernel.words`.
 
 
 def instance(dtype: str, slot_dtype: str, width: int) -> str:
@@ -39,7 +39,7 @@ def instance(dtype: str, slot_dtype: str, width: int) -> str:
 
 
 class PagedCaching:
-    """A compiled write. Threads may share it: each call has a parameter block to itself."""
+    """A compiled write. Threads may share it: each call has a launch to itself."""
 
     workspace_size = 0
 
@@ -82,31 +82,28 @@ class PagedCaching:
         # The lowest bit that is set is the alignment that all four addresses share.
         kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
         handle = self._device.stream(stream)
-        # Taking from and giving to a list is atomic, so no two threads hold one block.
+        # Taking from and giving to a list is atomic, so no two threads hold one launch.
         try:
-            block = kernel.blocks.pop()
+            launch = kernel.launches.pop()
         except IndexError:
-            block = _ParameterBlock(kernel.constants)
+            launch = self._device.prepare(kernel.function, self._threads, kernel.words)
         while num_tokens:
             # The kernel counts vectors in 32 bits; more of them take another launch.
             tokens = min(num_tokens, kernel.most_tokens)
             vectors = tokens * kernel.vectors_per_token
-            _LAUNCH.pack_into(block.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
-            # The driver copies the parameters before the launch returns.
-            self._device.launch(
-                kernel.function, -(-vectors // self._threads), self._threads, block.address, handle
-            )
+            _LAUNCH.pack_into(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
+            self._device.launch(launch, -(-vectors // self._threads), handle)
             k += tokens * kernel.k_token_stride
             v += tokens * kernel.v_token_stride
             slot_mapping += tokens * self._slot_size
             num_tokens -= tokens
-        kernel.blocks.append(block)
+        kernel.launches.append(launch)
 
 
 class _Kernel:
     """One compiled instance with what stays the same from call to call."""
 
-    def __init__(self, info: PagedCachingInfo, width: int, function: Any, most: int) -> None:
+    def __init__(self, info: PagedCachingInfo, width: int, function: int, most: int) -> None:
         size = info.dtype.itemsize
         k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
         per_head = max(k_per_head, v_per_head)
@@ -118,7 +115,8 @@ class _Kernel:
             raise NotSupportedError("k_cache", rule, self.vectors_per_token * width)
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
-        self.constants: list[ctypes.c_uint64 | int] = [
+        self.words = [
+            *(0,) * _LAUNCH_WORDS,
             info.num_slots,
             info.block_size,
             _reciprocal(info.block_size, 64),
@@ -137,17 +135,7 @@ class _Kernel:
             info.v_cache_head_stride * size,
             v_per_head,
         ]
-        self.blocks: list[_ParameterBlock] = []
-
-
-class _ParameterBlock:
-    """Memory that holds the kernel's one argument, and the address list that a launch takes."""
-
-    def __init__(self, constants: list[ctypes.c_uint64 | int]) -> None:
-        self.words = (ctypes.c_uint64 * _WORDS)()
-        self.words[_WORDS - len(constants) :] = constants
-        self._list = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
-        self.address = ctypes.addressof(self._list)
+        self.launches: list[Launch] = []
 
 
 def _reciprocal(value: int, bits: int) -> int:
