@@ -189,7 +189,7 @@ class Descriptor:
             reader = readers[type(k_cache)]
             look = reader.look
             looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
-        except (KeyError, AttributeError):  # addresses, or arrays of several libraries
+        except Exception:
             looks = None
         # What looks as the arrays of the call before did has been checked then.
         if looks != self._accepted or looks is None or workspace is not None or workspace_size:
@@ -393,19 +393,19 @@ def paged_caching(
     >>> cache[0, :, 0, :, 0].tolist()  # slot 6 is block 3, offset 0; -1 is padding
     [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     """
+    global _latest
     try:
         reader = readers[type(k_cache)]
         look = reader.look
         looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
-        latest, descriptor = _latest[layout]
-    except (KeyError, AttributeError, TypeError):
-        latest = looks = None
-    if looks is None or looks != latest:
+    except Exception:
+        looks = None
+    latest_layout, latest_looks, descriptor = _latest  # read once: threads may replace it
+    if looks is None or looks != latest_looks or layout != latest_layout:
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         descriptor = _find_descriptor(arrays, layout)
         descriptor.calculate(*arrays, stream=stream)
-        if looks is not None:
-            _latest[layout] = looks, descriptor
+        _latest = layout, looks, descriptor
         return
     address = reader.address
     descriptor._write(
@@ -422,8 +422,8 @@ def paged_caching(
 
 _MOST_DESCRIPTORS = 256
 _descriptors: dict[Any, Descriptor] = {}
-# By layout: what the arrays of the latest call looked like, and the descriptor that served it.
-_latest: dict[str, tuple[Any, Descriptor]] = {}
+# The layout of the latest call, what its arrays looked like, and the descriptor that served it.
+_latest: tuple[Any, Any, Any] = (None, None, None)
 
 
 def _find_descriptor(arrays: tuple[Any, ...], layout: str) -> Descriptor:
