@@ -1,0 +1,63 @@
+"""``python -m pagedcache``: what a bug report needs, and the demo."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+from pagedcache import Handle, __version__, backends, demo
+from pagedcache.backend.nvidia import source
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pagedcache", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("about", help="versions, backends, device limits, folders (the default)")
+    demo.add_arguments(
+        commands.add_parser("demo", help="write the K and V of real text into a paged cache")
+    )
+    parsed = parser.parse_args(arguments)
+    return demo.run(parsed) if parsed.command == "demo" else about()
+
+
+def about() -> int:
+    """Print everything that a bug report needs."""
+    print(f"pagedcache {__version__} at {Path(__file__).parent}")
+    print(f"Python {platform.python_version()}, {platform.platform()}")
+    names = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit", "cuda-bindings")
+    print(", ".join(f"{name} {version(name)}" for name in names))
+    print(f"\nCUDA source    {source.folder()}")
+    print(f"compile cache  {compile_cache()}")
+    print("\nBackends")
+    for report in backends().values():
+        mark = "usable    " if report.usable else "not usable"
+        print(f"  {report.device_type:<6} {mark}  {report.reason}")
+    handle = Handle()
+    print(f"\nUsed unless told otherwise: {handle.device}")
+    for name, value in handle.opened().limits_table():
+        print(f"  {name:<22} {value}")
+    return 0
+
+
+def version(distribution: str) -> str:
+    """Return the installed version of a distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def compile_cache() -> str:
+    """Return where CuPy keeps compiled kernels, and whether it can."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return f"{folder}{'' if os.access(existing, os.W_OK) else ' (cannot be written)'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

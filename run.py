@@ -1,0 +1,83 @@
+"""Sets everything up and runs the demo, the tests, or any command of the package.
+
+    python3 run.py demo     # or: test, check, bench ...
+
+Makes a virtual environment in .venv, installs this checkout there with what the command needs
+(with CuPy for the CUDA of the driver, where there is one), and runs it. Needs Python 3.10 or newer;
+nothing else is touched. A second run reuses the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+PYTHON = str(ENVIRONMENT / "bin" / "python")
+CHECKS = (
+    ("ruff", "format", "--check", "."),
+    ("ruff", "check", "."),
+    ("mypy",),
+    (
+        "clang_format",
+        "--dry-run",
+        "--Werror",
+        "cuda_src/paged_caching.cuh",
+        "tests/host_kernel.cpp",
+    ),
+)
+
+
+def driver_cuda() -> int:
+    """Return the newest CUDA major version that the NVIDIA driver runs, 0 if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int()
+    return version.value // 1000 if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+
+
+def install(extras: list[str]) -> None:
+    """Make the environment if need be, and install this checkout with `extras`."""
+    if not Path(PYTHON).exists():
+        print(f"Making {ENVIRONMENT} ...", flush=True)
+        made = subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=False)
+        if made.returncode:
+            sys.exit("Python's venv module is incomplete here; on Debian: apt install python3-venv")
+    print(f"Installing pagedcache[{','.join(extras)}] ...", flush=True)
+    bar = "on" if sys.stdout.isatty() else "off"
+    pip = [PYTHON, "-m", "pip", "install", "--progress-bar", bar, "--quiet", "--quiet"]
+    subprocess.run([*pip, "-e", f"{ROOT}[{','.join(extras)}]"], check=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Set up for the first argument and run it with the others."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - the one file that an older Python may run
+        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__)
+        return 2
+    command, *rest = arguments
+    cuda = driver_cuda()
+    gpu = [f"cuda{min(cuda, 13)}"] if cuda >= 12 else []
+    if command == "test":
+        # Without a driver, NVRTC still compiles the kernels for every architecture.
+        install(["test", "demo", *(gpu or ["cuda12"])])
+        return subprocess.run([PYTHON, "-m", "pytest", *rest], cwd=ROOT, check=False).returncode
+    if command == "check":
+        install(["dev", "test", "demo"])
+        return max(
+            subprocess.run([PYTHON, "-m", *check], cwd=ROOT, check=False).returncode
+            for check in CHECKS
+        )
+    install(["demo", *gpu] if command == "demo" else gpu)
+    program = [PYTHON, "-m", "pagedcache", command, *rest]
+    return subprocess.run(program, cwd=ROOT, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
