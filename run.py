@@ -16,18 +16,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
-PYTHON = str(ENVIRONMENT / "bin" / "python")
+BIN = ENVIRONMENT / "bin"
+PYTHON = str(BIN / "python")
 CHECKS = (
-    ("ruff", "format", "--check", "."),
-    ("ruff", "check", "."),
-    ("mypy",),
-    (
-        "clang_format",
-        "--dry-run",
-        "--Werror",
-        "cuda_src/paged_caching.cuh",
-        "tests/host_kernel.cpp",
-    ),
+    "ruff format --check .",
+    "ruff check .",
+    "mypy",
+    "clang-format -n --Werror cuda_src/paged_caching.cuh tests/host_kernel.cpp",
 )
 
 
@@ -70,10 +65,13 @@ def main(arguments: list[str]) -> int:
         return subprocess.run([PYTHON, "-m", "pytest", *rest], cwd=ROOT, check=False).returncode
     if command == "check":
         install(["dev", "test", "demo"])
-        return max(
-            subprocess.run([PYTHON, "-m", *check], cwd=ROOT, check=False).returncode
-            for check in CHECKS
-        )
+        failed = 0
+        for check in CHECKS:
+            program, *options = check.split()
+            print(f"{check}:", flush=True)
+            done = subprocess.run([str(BIN / program), *options], cwd=ROOT, check=False)
+            failed |= done.returncode
+        return failed
     install(["demo", *gpu] if command == "demo" else gpu)
     program = [PYTHON, "-m", "pagedcache", command, *rest]
     return subprocess.run(program, cwd=ROOT, check=False).returncode
