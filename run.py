@@ -67,9 +67,9 @@ def main(arguments: list[str]) -> int:
         install(["dev", "test", "demo"])
         failed = 0
         for check in CHECKS:
-            program, *options = check.split()
             print(f"{check}:", flush=True)
-            done = subprocess.run([str(BIN / program), *options], cwd=ROOT, check=False)
+            tool, *options = check.split()
+            done = subprocess.run([str(BIN / tool), *options], cwd=ROOT, check=False)
             failed |= done.returncode
         return failed
     install(["demo", *gpu] if command == "demo" else gpu)

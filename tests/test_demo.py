@@ -41,6 +41,20 @@ def test_on_the_gpu(capsys):
     assert "OK: " in told
 
 
+@pytest.mark.gpu
+def test_on_a_second_gpu(capsys):
+    import cupy
+
+    count, current = cupy.cuda.runtime.getDeviceCount(), cupy.cuda.Device()
+    if count < 2:
+        pytest.skip("there is one GPU here")
+    try:
+        assert run("--synthetic", "--device", "cuda:1", "--layout", "NHD") == 0
+    finally:
+        current.use()
+    assert "Device: Handle('cuda:1'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("sabotage", ["drop a token", "write elsewhere", "flip a bit"])
 def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage):
     calculate = pc.Descriptor.calculate

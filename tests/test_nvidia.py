@@ -328,8 +328,8 @@ def test_second_device_while_the_first_is_current(cupy):
         stream_of_0 = cupy.cuda.Stream(non_blocking=True)
         with pytest.raises(ValueError, match="stream must be a stream of cuda:1"):
             descriptor.calculate(*there.arrays(), stream=stream_of_0)
-        here = simple_case().on(cupy.asarray)
-        with pytest.raises(ValueError, match="must be on cuda:1 as k_cache is, got cuda:0"):
+        here = case.on(cupy.asarray)
+        with pytest.raises(ValueError, match="v_cache must be on cuda:1 as k_cache is, got cuda"):
             pc.paged_caching(there.views["k_cache"], *here.arrays()[1:])
     assert cupy.cuda.runtime.getDevice() == 0
     with cupy.cuda.Device(1):
