@@ -241,9 +241,7 @@ def _explain_one(pool: Pool, sequence: Sequence) -> None:
 
 
 def _timed(write: Callable[[], None], on_gpu: bool) -> float:
-    """Return the seconds of one write: the mean of several, which all write the same, but for the
-    first.
-    """
+    """Return the seconds of one write, the mean of several that all write the same."""
     times = 20
     write()
     if not on_gpu:
