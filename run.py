@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
             done = subprocess.run([str(BIN / tool), *options], cwd=ROOT, check=False)
             failed |= done.returncode
         return failed
-    install(["demo", *gpu] if command == "demo" else gpu)
+    install([extra for extra in ("demo", "bench") if extra == command] + gpu)
     program = [PYTHON, "-m", "pagedcache", command, *rest]
     return subprocess.run(program, cwd=ROOT, check=False).returncode
 

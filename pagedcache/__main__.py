@@ -1,4 +1,4 @@
-"""``python -m pagedcache``: what a bug report needs, and the demo."""
+"""``python -m pagedcache``: what a bug report needs; the demo; the bench."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import sys
 from pathlib import Path
 
-from pagedcache import Handle, __version__, backends, demo
+from pagedcache import Handle, __version__, backends, bench, demo
 from pagedcache.backend.nvidia import source
 
 
@@ -21,8 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_arguments(
         commands.add_parser("demo", help="write the K and V of real text into a paged cache")
     )
+    bench.add_arguments(
+        commands.add_parser("bench", help="time it beside a memcpy and the peers installed here")
+    )
     parsed = parser.parse_args(arguments)
-    return demo.run(parsed) if parsed.command == "demo" else about()
+    if parsed.command == "demo":
+        return demo.run(parsed)
+    if parsed.command == "bench":
+        return bench.run(parsed)
+    return about()
 
 
 def about() -> int:

@@ -21,8 +21,30 @@ class PagedCaching:
 
     def __init__(self, info: PagedCachingInfo) -> None:
         self._info = info
-        # Bits are copied as bits: no floating-point type, so no NaN is ever changed.
-        self._bits = np.dtype(f"u{info.dtype.itemsize}")
+        size = info.dtype.itemsize
+        # A row of bytes is one NumPy element, so it is copied as bits, and with one memcpy.
+        self._planes = [
+            _Plane(
+                info,
+                info.head_size * size,
+                (info.k_token_stride * size, info.k_head_stride * size),
+                (
+                    info.k_cache_block_stride * size,
+                    info.k_cache_slot_stride * size,
+                    info.k_cache_head_stride * size,
+                ),
+            ),
+            _Plane(
+                info,
+                info.v_head_size * size,
+                (info.v_token_stride * size, info.v_head_stride * size),
+                (
+                    info.v_cache_block_stride * size,
+                    info.v_cache_slot_stride * size,
+                    info.v_cache_head_stride * size,
+                ),
+            ),
+        ]
 
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return one thread, whatever the number of tokens."""
@@ -41,36 +63,49 @@ class PagedCaching:
     ) -> None:
         """Write `num_tokens` rows of K and V, given the addresses of all five tensors."""
         info = self._info
-        slots = _view(slot_mapping, info.slot_dtype, (num_tokens,), (1,))
+        slot_size = info.slot_dtype.itemsize
+        slots = _view(slot_mapping, info.slot_dtype, (num_tokens,), (slot_size,))
         written = (slots >= 0) & (slots < info.num_slots)
-        block, offset = np.divmod(slots[written], info.block_size)
-        everything = slice(None) if written.all() else written
-        for cache, rows, head_size, cache_strides, row_strides in (
-            (
-                k_cache,
-                k,
-                info.head_size,
-                (info.k_cache_block_stride, info.k_cache_slot_stride, info.k_cache_head_stride),
-                (info.k_token_stride, info.k_head_stride),
-            ),
-            (
-                v_cache,
-                v,
-                info.v_head_size,
-                (info.v_cache_block_stride, info.v_cache_slot_stride, info.v_cache_head_stride),
-                (info.v_token_stride, info.v_head_stride),
-            ),
-        ):
-            heads = (info.num_kv_heads, head_size)
-            target = _view(
-                cache, self._bits, (info.num_blocks, info.block_size, *heads), (*cache_strides, 1)
-            )
-            source = _view(rows, self._bits, (num_tokens, *heads), (*row_strides, 1))
-            target[block, offset] = source[everything]
+        if written.all():
+            block, offset = np.divmod(slots, info.block_size)
+            for plane, cache, rows in zip(self._planes, (k_cache, v_cache), (k, v), strict=True):
+                plane.cache(cache)[block, offset] = plane.rows(rows, num_tokens)
+        else:
+            block, offset = np.divmod(slots[written], info.block_size)
+            for plane, cache, rows in zip(self._planes, (k_cache, v_cache), (k, v), strict=True):
+                plane.cache(cache)[block, offset] = plane.rows(rows, num_tokens)[written]
+
+
+class _Plane:
+    """K or V: how its rows lie in the source and in the cache. Strides are in bytes."""
+
+    def __init__(
+        self,
+        info: PagedCachingInfo,
+        row_bytes: int,
+        row_strides: tuple[int, ...],
+        cache_strides: tuple[int, ...],
+    ) -> None:
+        self._heads: tuple[int, ...] = (info.num_kv_heads,)
+        if row_strides[-1] == cache_strides[-1] == row_bytes or info.num_kv_heads == 1:
+            # The heads of a token lie side by side on both sides: one row holds them all.
+            row_bytes *= info.num_kv_heads
+            self._heads, row_strides, cache_strides = (), row_strides[:1], cache_strides[:2]
+        self._row = np.dtype((np.void, row_bytes))
+        self._row_strides, self._cache_strides = row_strides, cache_strides
+        self._blocks = (info.num_blocks, info.block_size)
+
+    def rows(self, address: int, num_tokens: int) -> Array:
+        """Return the source at `address` as ``[tokens, heads]`` of rows."""
+        return _view(address, self._row, (num_tokens, *self._heads), self._row_strides)
+
+    def cache(self, address: int) -> Array:
+        """Return the cache at `address` as ``[blocks, slots, heads]`` of rows."""
+        return _view(address, self._row, (*self._blocks, *self._heads), self._cache_strides)
 
 
 def _view(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    """Return the memory at `address` as an array; strides are in elements."""
+    """Return the memory at `address` as an array; strides are in bytes."""
     return np.asarray(_Memory(address, dtype, shape, strides))
 
 
@@ -85,5 +120,5 @@ class _Memory:
             "data": (address, False),
             "typestr": dtype.str,
             "shape": shape,
-            "strides": tuple(step * dtype.itemsize for step in strides),
+            "strides": strides,
         }

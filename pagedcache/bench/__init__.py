@@ -1,0 +1,308 @@
+"""``python -m pagedcache bench``: this write beside a memcpy and the peers installed here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pagedcache as pc
+from pagedcache.bench import peers
+from pagedcache.bench.case import SLOT_ORDERS, SOURCES, Axes, Case
+from pagedcache.bench.measure import ROUNDS, Graph, first_call_seconds, host_microseconds
+
+TOKENS = (1, 64, 256, 1024, 4096, 16384, 65536)
+CPU_TOKENS = (64, 1024, 4096, 16384)
+MEMCPY = "memcpy"
+GPU_SLOTS = 262_144
+HOST_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the bench's options. Every axis takes several values; all pairs are measured."""
+    axis = {field.name: field for field in dataclasses.fields(Axes)}
+
+    def add(name: str, kind: Any, **more: Any) -> None:
+        flag = "--" + name.replace("_", "-")
+        default = [axis[name].default]
+        parser.add_argument(flag, type=kind, nargs="+", default=default, **more)
+
+    parser.add_argument("--tokens", type=_positive, nargs="+", help="default: 1 to 65536")
+    for name in ("heads", "head_size", "block_size"):
+        add(name, _positive, metavar="N")
+    parser.add_argument("--v-head-size", type=_positive, help="default: that of K")
+    add("dtype", str, choices=("float16", "bfloat16", "float32"))
+    add("layout", str, choices=("HND", "NHD"))
+    add("slots", str, choices=SLOT_ORDERS, help="where tokens go (default: blocks)")
+    add("source", str, choices=SOURCES, help="what K and V are slices of (default: plain)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
+    parser.add_argument("--num-slots", type=_positive, help="capacity of the caches")
+    parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw rate against tokens there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the bench.
+
+    Returns
+    -------
+    int
+        0; 2 if the arguments cannot be served.
+    """
+    try:
+        handle = pc.Handle(arguments.device)
+    except pc.PagedCacheError as error:
+        print(f"pagedcache bench: {error}")
+        return 2
+    on_gpu = handle.device != "cpu"
+    print(f"{handle!r}")
+    if not on_gpu:
+        print("No GPU is used: the cpu backend is measured against NumPy's copy of the same bytes.")
+    tokens = arguments.tokens or (TOKENS if on_gpu else CPU_TOKENS)
+    results: dict[str, Any] = {"machine": _machine(handle), "gpu": [], "host": {}, "first_call": {}}
+    for axes in _axes(arguments, tokens[0]):
+        print(f"\n{axes.describe()}")
+        measure = _on_gpu if on_gpu else _on_cpu
+        rows = []
+        with _progress(len(tokens)) as step:
+            for count in tokens:
+                rows.append(measure(dataclasses.replace(axes, tokens=count), arguments))
+                step()
+        missing = {name: why for row in rows for name, why in row.pop("missing", {}).items()}
+        _print_table(rows)
+        for name, why in missing.items():
+            print(f"  without {name}: {why}")
+        results["gpu"].append({"axes": dataclasses.asdict(axes), "rows": rows})
+    if on_gpu and not arguments.only_gpu_time:
+        results["host"] = _host(arguments)
+        cold, warm = first_call_seconds()
+        results["first_call"] = {"empty cache": cold, "from disk": warm}
+        print("\nFirst completed write after create, CUDA context up")
+        print(f"  empty compile cache {cold:.3f} s, from the disk cache {warm:.3f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        return _plot(results, arguments.plot)
+    return 0
+
+
+def _axes(arguments: argparse.Namespace, tokens: int) -> Iterator[Axes]:
+    names = ("heads", "head_size", "block_size", "dtype", "layout", "slots", "source")
+    for values in itertools.product(*(getattr(arguments, name) for name in names)):
+        chosen = dict(zip(names, values, strict=True))
+        v_head_size = arguments.v_head_size or chosen["head_size"]
+        yield Axes(tokens=tokens, v_head_size=v_head_size, **chosen)
+
+
+def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the microseconds of every competitor for one case."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    rotate = 4 * device.attributes["L2CacheSize"]
+    case = Case(axes, cupy, arguments.num_slots or GPU_SLOTS, rotate)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    guess = 2 + axes.payload * 2 / 4e6
+    missing: dict[str, str] = {}
+    graphs: dict[str, Graph] = {}
+
+    def copy(i: int) -> None:
+        k, v, _ = case.sets[i]
+        for cache, rows in ((case.k_cache, k), (case.v_cache, v)):
+            # To all of the cache in turn, as a write does, and not to a place that stays in L2.
+            place = cache.data.ptr + i * rows.nbytes % (cache.nbytes - rows.nbytes + 1) // 256 * 256
+            cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, rows.nbytes, 3, stream.ptr)
+
+    device.synchronize()
+    graphs[MEMCPY] = Graph(copy, len(case.sets), stream, guess)
+    for name, prepare in peers.PEERS.items():
+        if arguments.no_peers and name != peers.OURS:
+            continue
+        try:
+            case.clear()
+            write = prepare(case)
+            write(0)
+            device.synchronize()
+            if name not in peers.OWN_CACHE and not case.is_written(0):
+                raise peers.UnavailableError("its result is wrong")
+            graphs[name] = Graph(write, len(case.sets), stream, guess)
+        except peers.UnavailableError as error:
+            missing[name] = str(error)
+    for _ in range(ROUNDS):
+        for graph in graphs.values():
+            graph.time()
+    times = {name: graph.median for name, graph in graphs.items()}
+    return {"tokens": axes.tokens, "payload": axes.payload, "us": times, "missing": missing}
+
+
+def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the microseconds of the cpu backend and of NumPy's copy."""
+    case = Case(axes, np, arguments.num_slots or 4 * axes.tokens, 1 << 26)
+    write = peers.pagedcache(case)
+    write(0)
+    if not case.is_written(0):
+        raise AssertionError("the cpu backend wrote something else")
+    flat = [cache.reshape(-1) for cache in (case.k_cache, case.v_cache)]
+    sets = [[np.ascontiguousarray(rows).reshape(-1) for rows in each[:2]] for each in case.sets]
+
+    def copy(i: int) -> None:
+        for target, rows in zip(flat, sets[i], strict=True):
+            # To all of the cache in turn, as the write does, and not to a place that stays warm.
+            start = i * rows.size % (target.size - rows.size + 1)
+            np.copyto(target[start : start + rows.size], rows)
+
+    best = {}
+    for name, function in ((MEMCPY, copy), (peers.OURS, write)):
+        times = []
+        for turn in range(max(10, 2 * len(case.sets))):
+            began = time.perf_counter()
+            function(turn % len(case.sets))
+            times.append((time.perf_counter() - began) * 1e6)
+        best[name] = float(np.median(times))
+    return {"tokens": axes.tokens, "payload": axes.payload, "us": best}
+
+
+def _host(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the host microseconds of one call of every competitor."""
+    import cupy
+
+    case = Case(Axes(HOST_TOKENS), cupy, GPU_SLOTS, 1)
+    drain = cupy.cuda.Device().synchronize
+    k_cache, v_cache, inputs = case.k_cache, case.v_cache, case.sets[0]
+    descriptor = pc.Descriptor.create(k_cache, v_cache, *inputs)
+    k, v, slots = (array.data.ptr for array in inputs)
+    caches = k_cache.data.ptr, v_cache.data.ptr
+    stream = cupy.cuda.get_current_stream().ptr
+    calls = {
+        "calculate": lambda: descriptor.calculate(k_cache, v_cache, *inputs),
+        "paged_caching": lambda: pc.paged_caching(k_cache, v_cache, *inputs),
+        "infiniopPagedCaching": lambda: pc.infiniop.infiniopPagedCaching(
+            descriptor, 0, 0, caches[0], caches[1], k, v, slots, stream
+        ),
+    }
+    for name, prepare in peers.PEERS.items():
+        if name != peers.OURS and not arguments.no_peers:
+            with contextlib.suppress(peers.UnavailableError):
+                write = prepare(case)
+                write(0)
+                calls[name] = lambda write=write: write(0)  # type: ignore[misc]
+    rounds = [
+        {name: host_microseconds(call, drain, repeats=5) for name, call in calls.items()}
+        for _ in range(3)
+    ]
+    times = {name: float(np.median([row[name] for row in rounds])) for name in calls}
+    rivals = [time for name, time in times.items() if name in peers.PEERS]
+    best = min(rivals) if rivals else math.nan
+    print(f"\nHost time of one call, us ({HOST_TOKENS} tokens)")
+    for name, microseconds in times.items():
+        ratio = f"{microseconds / best:5.2f} of the best peer" if rivals else ""
+        print(f"  {name:<22}{microseconds:8.2f}   {ratio}")
+    return times
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row["us"]))
+    rivals = [name for name in names if name not in (MEMCPY, peers.OURS)]
+    head = f"{'tokens':>8} " + " ".join(f"{name:>15}" for name in names)
+    head += f" {'of memcpy rate':>15}" + (f" {'of best peer':>13}" if rivals else "")
+    print(f"Time of one write, us\n{head}")
+    ratios = []
+    for row in rows:
+        times = row["us"]
+        line = f"{row['tokens']:>8} "
+        line += " ".join(f"{times[name]:>15.2f}" if name in times else " " * 15 for name in names)
+        line += f" {times[MEMCPY] / times[peers.OURS]:>15.3f}"
+        best = min((times[name] for name in rivals if name in times), default=None)
+        if best is not None:
+            ratios.append(times[peers.OURS] / best)
+            line += f" {ratios[-1]:>13.3f}"
+        print(line)
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        print(f"  geometric mean of the time over that of the best peer: {mean:.3f}")
+
+
+def _machine(handle: pc.Handle) -> dict[str, str]:
+    machine = {
+        "device": handle.opened().describe(),
+        "python": platform.python_version(),
+        "pagedcache": pc.__version__,
+        "numpy": np.__version__,
+    }
+    if handle.device != "cpu":
+        import cupy
+
+        cupy.cuda.Device(int(handle.device.partition(":")[2])).use()
+        machine["cupy"] = cupy.__version__
+        machine["driver"] = str(cupy.cuda.runtime.driverGetVersion())
+        machine["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    return machine
+
+
+def _plot(results: dict[str, Any], file: Path) -> int:
+    """Draw rate against tokens, one line a competitor, the memcpy as the ceiling."""
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("--plot needs matplotlib: pip install 'pagedcache[bench]'")
+        return 2
+    figure, panels = pyplot.subplots(
+        1, len(results["gpu"]), figsize=(7 * len(results["gpu"]), 4.6), squeeze=False
+    )
+    for panel, result in zip(panels[0], results["gpu"], strict=True):
+        rows = result["rows"]
+        for name in dict.fromkeys(name for row in rows for name in row["us"]):
+            points = [
+                (row["tokens"], 2 * row["payload"] / row["us"][name] / 1e6)
+                for row in rows
+                if name in row["us"]
+            ]
+            style: dict[str, Any] = {}
+            if name == MEMCPY:
+                style = {"color": "black", "linestyle": "--"}
+            if name == peers.OURS:
+                style = {"color": "tab:red", "linewidth": 2.5, "zorder": 3}
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TB/s, read and written")
+        panel.set_xticks([row["tokens"] for row in rows], [str(row["tokens"]) for row in rows])
+        panel.set_title(Axes(**result["axes"]).describe(), fontsize=9)
+        panel.grid(visible=True, which="both", alpha=0.25)
+        panel.legend(fontsize=8)
+    figure.suptitle(results["machine"]["device"], fontsize=10)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda: None
+        return
+    with tqdm(total=total, unit="size", leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

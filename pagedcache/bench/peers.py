@@ -1,0 +1,164 @@
+"""Everything that writes a paged cache and can be imported here, behind one shape.
+
+A peer is a function from a `Case` to a function that writes set ``i`` of it. It raises
+`UnavailableError` with a sentence where it cannot: not installed, or a layout or size that it does
+not do. Peers that know one layout only are given the same bytes in theirs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pagedcache as pc
+
+if TYPE_CHECKING:
+    from pagedcache.bench.case import Case
+
+Write = Callable[[int], Any]
+
+
+class UnavailableError(Exception):
+    """The peer cannot take part; the message says why."""
+
+
+def pagedcache(case: Case) -> Write:
+    """Return this package's write, with a descriptor."""
+    k_cache, v_cache, sets = case.k_cache, case.v_cache, case.sets
+    descriptor = pc.Descriptor.create(k_cache, v_cache, *sets[0], layout=case.axes.layout)
+    return lambda i: descriptor.calculate(k_cache, v_cache, *sets[i])
+
+
+def cupy_fancy(case: Case) -> Write:
+    """Return CuPy's fancy assignment."""
+    block_size, bits = case.axes.block_size, f"u{case.dtype.itemsize}"
+    caches = [cache.view(bits) for cache in (case.k_cache, case.v_cache)]
+    sets = [(k.view(bits), v.view(bits), slots) for k, v, slots in case.sets]
+    heads_first = case.axes.layout == "HND"
+
+    def write(i: int) -> None:
+        slots = sets[i][2]
+        block, offset = slots // block_size, slots % block_size
+        for cache, rows in zip(caches, sets[i], strict=False):
+            if heads_first:
+                cache[block, :, offset] = rows
+            else:
+                cache[block, offset] = rows
+
+    return write
+
+
+def torch_index_put(case: Case) -> Write:
+    """Return PyTorch's ``index_put_``."""
+    block_size = case.axes.block_size
+    caches, sets = _in_torch(case)
+
+    def write(i: int) -> None:
+        slots = sets[i][2]
+        where = slots // block_size, slots % block_size
+        for cache, rows in zip(caches, sets[i], strict=False):
+            cache.index_put_(where, rows)
+
+    return write
+
+
+def triton_rows(case: Case) -> Write:
+    """Return a Triton kernel with one program a token, as small engines have it."""
+    _import("triton")
+    from pagedcache.bench.triton_rows import launch
+
+    caches, sets = _in_torch(case)
+    return lambda i: launch(*caches, *sets[i])
+
+
+def flashinfer(case: Case) -> Write:
+    """Return FlashInfer's ``append_paged_kv_cache``: one request, an identity page table."""
+    append = _import("flashinfer.page").append_paged_kv_cache
+    if case.axes.head_size not in (64, 128, 256) or case.axes.head_size != case.axes.v_head_size:
+        raise UnavailableError("FlashInfer does head sizes 64, 128 and 256, the same for K and V")
+    torch = _import("torch")
+    caches, sets = _in_torch(case, heads_first=case.axes.layout == "HND")
+    blocks = caches[0].shape[0]
+    place = {"dtype": torch.int32, "device": "cuda"}
+    indices = torch.arange(blocks, **place)
+    indptr = torch.tensor([0, blocks], **place)
+    last = torch.tensor([case.axes.block_size], **place)
+    request = torch.zeros(case.axes.tokens, **place)
+    positions = [slots.int() for _, _, slots in sets]
+
+    def write(i: int) -> None:
+        k, v, _ = sets[i]
+        append(
+            k, v, request, positions[i], (caches[0], caches[1]), indices, indptr, last,
+            kv_layout=case.axes.layout,
+        )  # fmt: skip
+
+    return write
+
+
+def sglang(case: Case) -> Write:
+    """Return SGLang's ``store_cache``, which knows flat rows only (NHD)."""
+    store = _import("sglang.jit_kernel.kvcache").store_cache
+    if case.axes.source != "plain":
+        raise UnavailableError("SGLang's rows are measured contiguous only")
+    torch = _import("torch")
+    _, sets = _in_torch(case)
+    kind = sets[0][0].dtype
+    flat = [
+        torch.zeros(case.num_slots, case.axes.heads * size, dtype=kind, device="cuda")
+        for size in (case.axes.head_size, case.axes.v_head_size)
+    ]
+    rows = [(k.reshape(len(k), -1), v.reshape(len(v), -1), slots) for k, v, slots in sets]
+    store(*rows[0][:2], *flat, rows[0][2])
+    if not all(torch.equal(flat[j][rows[0][2]], rows[0][j]) for j in (0, 1)):
+        raise UnavailableError("SGLang's result is wrong")
+    return lambda i: store(rows[i][0], rows[i][1], flat[0], flat[1], rows[i][2])
+
+
+def vllm(case: Case) -> Write:
+    """Return vLLM's ``reshape_and_cache_flash``."""
+    operator = _import("vllm._custom_ops").reshape_and_cache_flash
+    if case.axes.head_size != case.axes.v_head_size:
+        raise UnavailableError("vLLM's kernel has one head size")
+    torch = _import("torch")
+    caches, sets = _in_torch(case)
+    one = torch.ones((), dtype=torch.float32, device="cuda")
+    return lambda i: operator(sets[i][0], sets[i][1], *caches, sets[i][2], "auto", one, one)
+
+
+OURS = "pagedcache"
+PEERS: dict[str, Callable[[Case], Write]] = {
+    OURS: pagedcache,
+    "SGLang": sglang,
+    "FlashInfer": flashinfer,
+    "vLLM": vllm,
+    "Triton rows": triton_rows,
+    "torch index_put": torch_index_put,
+    "CuPy fancy": cupy_fancy,
+}
+# These keep a cache of their own, in their own layout, and check it themselves.
+OWN_CACHE = ("SGLang",)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise UnavailableError(f"{name} cannot be imported ({error})") from error
+
+
+def _in_torch(case: Case, *, heads_first: bool = False) -> tuple[list[Any], list[Any]]:
+    """Return the caches as ``[blocks, slots, heads, size]`` (or as they are) and the sets."""
+    torch = _import("torch")
+    bits = f"i{case.dtype.itemsize}"
+    kind = getattr(torch, case.axes.dtype)
+
+    def tensor(array: Any) -> Any:
+        return torch.from_dlpack(array.view(bits)).view(kind)
+
+    caches = [tensor(cache) for cache in (case.k_cache, case.v_cache)]
+    if case.axes.layout == "HND" and not heads_first:
+        caches = [cache.permute(0, 2, 1, 3) for cache in caches]
+    sets = [(tensor(k), tensor(v), torch.from_dlpack(slots)) for k, v, slots in case.sets]
+    return caches, sets
