@@ -197,7 +197,6 @@ def infiniopGetPagedCachingWorkspaceSize(desc: Descriptor | None) -> int:
     return _given("desc", desc, Descriptor).workspace_size
 
 
-@_status
 def infiniopPagedCaching(
     desc: Descriptor | None,
     workspace: int | None,
@@ -208,18 +207,17 @@ def infiniopPagedCaching(
     v: int | None,
     slot_mapping: int | None,
     stream: int | None,
-) -> None:
+) -> Status:
     """Queue the write of as many tokens as the slot mapping was described with."""
-    _given("desc", desc, Descriptor).calculate(
-        _address("k_cache", k_cache),
-        _address("v_cache", v_cache),
-        _address("k", k),
-        _address("v", v),
-        _address("slot_mapping", slot_mapping),
-        workspace=_address("workspace", workspace),
-        workspace_size=workspace_size,
-        stream=_address("stream", stream),
-    )
+    try:
+        _given("desc", desc, Descriptor).write_at(
+            k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream
+        )
+    except PagedCacheError as error:
+        return error.status
+    except Exception:
+        return Status.INTERNAL_ERROR
+    return Status.SUCCESS
 
 
 @_status
@@ -233,12 +231,4 @@ def _given(name: str, value: object, kind: type[T]) -> T:
         raise NullPointerError(name, "must be given", "None")
     if not isinstance(value, kind):
         raise BadParamTypeError(name, f"must be a {kind.__name__}", repr(value))
-    return value
-
-
-def _address(name: str, value: int | None) -> int:
-    if value is None:
-        return 0
-    if not isinstance(value, int):
-        raise BadParamTypeError(name, "must be an address, as an int", repr(value))
     return value

@@ -9,19 +9,19 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def _rows(
-    cache: Any,
-    rows: Any,
-    slots: Any,
-    block_stride: Any,
-    slot_stride: Any,
-    head_stride: Any,
-    row_stride: Any,
+def _rows(  # type: ignore[no-untyped-def] # noqa: ANN202 - Triton reads annotations its own way
+    cache,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    slots,  # noqa: ANN001
+    block_stride,  # noqa: ANN001
+    slot_stride,  # noqa: ANN001
+    head_stride,  # noqa: ANN001
+    row_stride,  # noqa: ANN001
     block_size: tl.constexpr,
     heads: tl.constexpr,
     size: tl.constexpr,
     width: tl.constexpr,
-) -> None:
+):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot >= 0:

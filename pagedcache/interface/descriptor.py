@@ -209,6 +209,55 @@ class Descriptor:
             stream,
         )
 
+    def write_at(
+        self,
+        k_cache: int | None,
+        v_cache: int | None,
+        k: int | None,
+        v: int | None,
+        slot_mapping: int | None,
+        workspace: int | None = None,
+        workspace_size: int = 0,
+        stream: int | None = None,
+    ) -> None:
+        """Write as many tokens as at `create`, all tensors given by their addresses, as in C.
+
+        Parameters
+        ----------
+        k_cache, v_cache, k, v, slot_mapping, workspace : int or None
+            Addresses on the device, which are trusted; 0 and ``None`` are NULL.
+        workspace_size : int
+            In bytes.
+        stream : int or None
+            Handle of the stream. 0 and ``None`` are CUDA's default stream, as in C.
+
+        Raises
+        ------
+        PagedCacheError
+            As `calculate`.
+        """
+        if (
+            type(k_cache) is type(v_cache) is type(k) is type(v) is type(slot_mapping) is int
+            and k_cache > 0 < v_cache
+            and k > 0 < v
+            and slot_mapping > 0
+            and workspace_size == 0 == self.workspace_size
+            and self._opaque is not None
+        ):
+            tokens = self.info.num_tokens
+            self._write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
+            return
+        addresses = [
+            _as_address(name, address)
+            for name, address in zip(
+                (*NAMES, "workspace", "stream"),
+                (k_cache, v_cache, k, v, slot_mapping, workspace, stream),
+                strict=True,
+            )
+        ]
+        *tensors, workspace, stream = addresses
+        self._check_and_write(tuple(tensors), None, workspace, workspace_size, stream)
+
     def _write(
         self,
         k_cache: int,
@@ -503,6 +552,14 @@ def _expectations(info: PagedCachingInfo) -> tuple[_Expected, ...]:
         expected.append(_Expected(info.dtype, (info.num_kv_heads, head_size), (*steps, size)))
     expected.append(_Expected(info.slot_dtype, (), (slot_size,)))
     return tuple(expected)
+
+
+def _as_address(name: str, value: object) -> int:
+    if value is None:
+        return 0
+    if not isinstance(value, int):
+        raise BadParamTypeError(name, "must be an address, as an int", repr(value))
+    return int(value)
 
 
 def _address(name: str, address: int, count: int) -> int:
