@@ -46,6 +46,7 @@ class Graph:
 
     def __init__(self, write: Write, sets: int, stream: Any, guess: float) -> None:
         self.stream = stream
+        self._write = write  # what it holds must outlive the graph
         turns = max(1, round(GRAPH_MICROSECONDS / guess / sets))
         self.writes = turns * sets
         with _current(stream):
