@@ -97,8 +97,10 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
-  // that one wrote may be read before here. Launched otherwise, it does nothing.
+  // that one wrote may be read before here. The next one may be set up from now on, and will wait
+  // for this one in turn. Launched otherwise, both do nothing.
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= p.vectors) return;

@@ -111,7 +111,11 @@ def sglang(case: Case) -> Write:
     ]
     rows = [(k.reshape(len(k), -1), v.reshape(len(v), -1), slots) for k, v, slots in sets]
     store(*rows[0][:2], *flat, rows[0][2])
-    if not all(torch.equal(flat[j][rows[0][2]], rows[0][j]) for j in (0, 1)):
+    bits = getattr(torch, f"int{8 * case.dtype.itemsize}")  # as numbers, no NaN equals itself
+    found = (flat[j][rows[0][2]].view(bits) for j in (0, 1))
+    if not all(
+        torch.equal(got, want.view(bits)) for got, want in zip(found, rows[0], strict=False)
+    ):
         raise UnavailableError("SGLang's result is wrong")
     return lambda i: store(rows[i][0], rows[i][1], flat[0], flat[1], rows[i][2])
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cupy
-from cupy.cuda import driver, runtime
+from cupy.cuda import runtime
 
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.launch import Launch, launch_extended
@@ -18,7 +18,6 @@ from pagedcache.status import (
     BadParamTypeError,
     CompileError,
     DeviceArchitectureNotSupportedError,
-    LaunchError,
     NotSupportedError,
 )
 
@@ -26,8 +25,6 @@ OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
 OPTIONS = ("--std=c++17",)
 # InfiniCore's classes of devices, by threads in a block. Kernels here are fitted to a class.
 THREAD_CLASSES = (4096, 1024, 512)
-
-_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +139,16 @@ class CudaDevice:
             self._compiled[key] = module, functions
         return self._compiled[key][1]
 
+    def current_stream(self) -> int:
+        """Return the handle of CuPy's current stream on this device."""
+        handle: int = cupy.cuda.get_current_stream(self.index).ptr
+        return handle
+
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream; ``None`` is CuPy's current one on this device."""
         if stream is None:
-            handle: int = cupy.cuda.get_current_stream(self.index).ptr
-            return handle
-        if type(stream) is int:
+            return self.current_stream()
+        if isinstance(stream, int):
             return stream
         if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
             if stream.device_id not in (-1, self.index):
@@ -160,43 +161,8 @@ class CudaDevice:
         raise BadParamTypeError("stream", rule, repr(stream))
 
     def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:
-        """Return a `Launch` of a function that `compile` returned, to be given to `launch`."""
-        return Launch(function, threads, words, programmatic=self.programmatic)
-
-    def launch(self, launch: Launch, blocks: int, stream: int) -> None:
-        """Queue a launch of a one-dimensional grid.
-
-        Parameters
-        ----------
-        launch : Launch
-            From `prepare`, with its words filled in.
-        blocks : int
-        stream : int
-            From `stream`.
-
-        Raises
-        ------
-        LaunchError
-            The driver refused it.
-        """
-        if runtime.getDevice() != self.index:
-            with cupy.cuda.Device(self.index):
-                self._launch(launch, blocks, stream)
-        else:
-            self._launch(launch, blocks, stream)
-
-    def _launch(self, launch: Launch, blocks: int, stream: int) -> None:
-        try:
-            launch.run(blocks, stream)
-        except driver.CUDADriverError as error:
-            if error.status != _NO_CONTEXT:
-                raise LaunchError("launch", f"on {self.name} failed: {error}") from error
-            # A thread that never called CUDA has no context yet.
-            runtime.setDevice(self.index)
-            try:
-                launch.run(blocks, stream)
-            except driver.CUDADriverError as again:
-                raise LaunchError("launch", f"on {self.name} failed: {again}") from again
+        """Return a `Launch` on this device of a function that `compile` returned."""
+        return Launch(self.index, function, threads, words, programmatic=self.programmatic)
 
 
 def _can_be_programmatic() -> bool:

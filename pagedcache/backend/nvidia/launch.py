@@ -15,8 +15,12 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cupy.cuda import driver
+import cupy
+from cupy.cuda import driver, runtime
 
+from pagedcache.status import LaunchError
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -55,6 +59,8 @@ class Launch:
 
     Parameters
     ----------
+    device : int
+        Index of the function's device.
     function : int
         CUfunction.
     threads : int
@@ -67,35 +73,50 @@ class Launch:
     Attributes
     ----------
     words : ctypes array
+    run : callable
+        Queues the launch: takes the number of blocks of a one-dimensional grid, and the handle of
+        a stream. Raises `LaunchError` if the driver refuses it.
     """
 
+    run: Callable[[int, int], None]
+
     def __init__(
-        self, function: int, threads: int, words: Sequence[int], *, programmatic: bool
+        self, device: int, function: int, threads: int, words: Sequence[int], *, programmatic: bool
     ) -> None:
         self.words = (ctypes.c_uint64 * len(words))(*words)
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
-        if programmatic:
-            self.run = self._programmatic(function, threads)
-        else:
-            self.run = self._plain(function, threads)
+        way = self._programmatic if programmatic else self._plain
+        queue = way(function, threads)
+        current_device = runtime.getDevice
 
-    run: Callable[[int, int], None]
-    """Queue the launch: number of blocks, handle of the stream. Raises CuPy's CUDADriverError."""
+        def run(blocks: int, stream: int) -> None:
+            try:
+                if current_device() == device:
+                    queue(blocks, stream)
+                else:
+                    with cupy.cuda.Device(device):
+                        queue(blocks, stream)
+            except driver.CUDADriverError as error:
+                if error.status != _NO_CONTEXT:
+                    raise LaunchError("launch", f"on cuda:{device} failed: {error}") from error
+                _retry_with_context(device, queue, blocks, stream)
+
+        self.run = run
 
     def _plain(self, function: int, threads: int) -> Callable[[int, int], None]:
         launch, arguments = driver.launchKernel, ctypes.addressof(self._arguments)
 
-        def run(blocks: int, stream: int) -> None:
+        def queue(blocks: int, stream: int) -> None:
             launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
 
-        return run
+        return queue
 
     def _programmatic(self, function: int, threads: int) -> Callable[[int, int], None]:
         launch = launch_extended()
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
-        config = _Config(1, 1, 1, threads, 1, 1, 0, None, ctypes.addressof(self._attribute), 1)
-        self._config = config
+        attribute = ctypes.addressof(self._attribute)
+        config = self._config = _Config(1, 1, 1, threads, 1, 1, 0, None, attribute, 1)
         # Converted once: ctypes would convert plain ints at every call.
         pointers: tuple[Any, ...] = (
             ctypes.c_void_p(ctypes.addressof(config)),
@@ -104,13 +125,24 @@ class Launch:
             None,
         )
 
-        def run(blocks: int, stream: int) -> None:
+        def queue(blocks: int, stream: int) -> None:
             config.grid_x = blocks
             config.stream = stream
             if status := launch(*pointers):
                 driver.check_status(status)
 
-        return run
+        return queue
+
+
+def _retry_with_context(
+    device: int, queue: Callable[[int, int], None], blocks: int, stream: int
+) -> None:
+    """Launch again in a thread that never called CUDA, and therefore had no context."""
+    runtime.setDevice(device)
+    try:
+        queue(blocks, stream)
+    except driver.CUDADriverError as error:
+        raise LaunchError("launch", f"on cuda:{device} failed: {error}") from error
 
 
 def launch_extended() -> Callable[..., int]:

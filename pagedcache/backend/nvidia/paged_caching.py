@@ -26,7 +26,7 @@ THREADS = {4096: 512, 1024: 128, 512: 64}
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
 _LAUNCH_WORDS = 6  # k_cache, v_cache, k, v, slot_mapping, vectors
-_LAUNCH = struct.Struct(f"={_LAUNCH_WORDS}Q")
+_pack_call = struct.Struct(f"={_LAUNCH_WORDS}Q").pack_into
 # ... then those of the descriptor, in the order of `_Kernel.words`.
 
 
@@ -45,6 +45,7 @@ class PagedCaching:
 
     def __init__(self, info: PagedCachingInfo, device: CudaDevice) -> None:
         self._device = device
+        self._current_stream = device.current_stream
         self._threads = THREADS[device.limits.thread_class]
         self._slot_size = info.slot_dtype.itemsize
         alignment = _alignment(info)
@@ -81,22 +82,24 @@ class PagedCaching:
         misaligned = (k_cache | v_cache | k | v) & self._alignment_mask
         # The lowest bit that is set is the alignment that all four addresses share.
         kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
-        handle = self._device.stream(stream)
+        handle = self._current_stream() if stream is None else self._device.stream(stream)
         # Taking from and giving to a list is atomic, so no two threads hold one launch.
         try:
             launch = kernel.launches.pop()
         except IndexError:
             launch = self._device.prepare(kernel.function, self._threads, kernel.words)
-        while num_tokens:
-            # The kernel counts vectors in 32 bits; more of them take another launch.
-            tokens = min(num_tokens, kernel.most_tokens)
-            vectors = tokens * kernel.vectors_per_token
-            _LAUNCH.pack_into(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
-            self._device.launch(launch, -(-vectors // self._threads), handle)
-            k += tokens * kernel.k_token_stride
-            v += tokens * kernel.v_token_stride
-            slot_mapping += tokens * self._slot_size
-            num_tokens -= tokens
+        while num_tokens > kernel.most_tokens:
+            # The kernel counts vectors in 32 bits; more of them take several launches.
+            vectors = kernel.most_tokens * kernel.vectors_per_token
+            _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
+            launch.run(-(-vectors // self._threads), handle)
+            k += kernel.most_tokens * kernel.k_token_stride
+            v += kernel.most_tokens * kernel.v_token_stride
+            slot_mapping += kernel.most_tokens * self._slot_size
+            num_tokens -= kernel.most_tokens
+        vectors = num_tokens * kernel.vectors_per_token
+        _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
+        launch.run(-(-vectors // self._threads), handle)
         kernel.launches.append(launch)
 
 
