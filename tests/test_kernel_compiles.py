@@ -23,6 +23,7 @@ INSTANCES = [
 ]
 # What CuPy adds to every compilation; neither an include path nor a header is given.
 OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
+REPORT = "--ptxas-options=-v"
 
 
 def compile_for(architecture, text, expressions):
@@ -31,11 +32,12 @@ def compile_for(architecture, text, expressions):
         for expression in expressions:
             nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(program, (*OPTIONS, f"-arch=sm_{architecture}"))
+            nvrtc.compileProgram(program, (*OPTIONS, REPORT, f"-arch=sm_{architecture}"))
         except nvrtc.NVRTCError:
             raise AssertionError(nvrtc.getProgramLog(program)) from None
         names = [nvrtc.getLoweredName(program, expression) for expression in expressions]
-        return names, nvrtc.getCUBIN(program), nvrtc.getPTX(program).decode()
+        log = nvrtc.getProgramLog(program)
+        return names, nvrtc.getCUBIN(program), nvrtc.getPTX(program).decode(), log
     finally:
         nvrtc.destroyProgram(program)
 
@@ -46,7 +48,7 @@ def test_every_instance_compiles(architecture):
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not make code for sm_{architecture}")
     expressions = [nvidia.instance(*instance) for instance in INSTANCES]
     assert len(expressions) == 22
-    names, cubin, ptx = compile_for(architecture, source.read(nvidia.FILE), expressions)
+    names, cubin, ptx, log = compile_for(architecture, source.read(nvidia.FILE), expressions)
     assert cubin.startswith(b"\x7fELF")
     for (_, _, width), name in zip(INSTANCES, names, strict=True):
         assert name.encode() in cubin
@@ -58,8 +60,17 @@ def test_every_instance_compiles(architecture):
         assert len(re.findall(rf"ld\.global\.{re.escape(vector)}", body)) == 2
         assert len(re.findall(r"st\.global", body)) == 2
         assert len(re.findall(rf"st\.global\.{re.escape(vector)}", body)) == 2
-        assert ".local" not in body  # no spills
+        assert ".local" not in body
         assert ".shared" not in body
+        used = re.search(
+            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
+            r" (\d+) bytes spill loads\n[^\n]*Used (\d+) registers, used 0 barriers",
+            log,
+            re.DOTALL,
+        )
+        stack, stores, loads, registers = map(int, used.groups())
+        assert (stack, stores, loads) == (0, 0, 0)
+        assert registers <= 32  # so that 2048 threads fit on a multiprocessor
 
 
 def test_a_kernel_that_does_not_compile_says_why():

@@ -112,10 +112,9 @@ def sglang(case: Case) -> Write:
     rows = [(k.reshape(len(k), -1), v.reshape(len(v), -1), slots) for k, v, slots in sets]
     store(*rows[0][:2], *flat, rows[0][2])
     bits = getattr(torch, f"int{8 * case.dtype.itemsize}")  # as numbers, no NaN equals itself
-    found = (flat[j][rows[0][2]].view(bits) for j in (0, 1))
-    if not all(
-        torch.equal(got, want.view(bits)) for got, want in zip(found, rows[0], strict=False)
-    ):
+    *written, where = rows[0]
+    found = [cache[where].view(bits) for cache in flat]
+    if not all(map(torch.equal, found, [each.view(bits) for each in written])):
         raise UnavailableError("SGLang's result is wrong")
     return lambda i: store(rows[i][0], rows[i][1], flat[0], flat[1], rows[i][2])
 
