@@ -63,8 +63,8 @@ def test_every_instance_compiles(architecture):
         assert ".local" not in body
         assert ".shared" not in body
         used = re.search(
-            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
-            r" (\d+) bytes spill loads\n[^\n]*Used (\d+) registers, used 0 barriers",
+            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+            r"stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers, used 0 barriers",
             log,
             re.DOTALL,
         )

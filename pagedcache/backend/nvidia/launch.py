@@ -88,10 +88,11 @@ class Launch:
         way = self._programmatic if programmatic else self._plain
         queue = way(function, threads)
         current_device = runtime.getDevice
+        alone = runtime.getDeviceCount() == 1
 
         def run(blocks: int, stream: int) -> None:
             try:
-                if current_device() == device:
+                if alone or current_device() == device:
                     queue(blocks, stream)
                 else:
                     with cupy.cuda.Device(device):
