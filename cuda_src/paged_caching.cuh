@@ -33,29 +33,17 @@ struct Vector<16> {
   using type = uint4;
 };
 
-__device__ __forceinline__ unsigned int multiplyHigh(unsigned int a, unsigned int b) {
-  return __umulhi(a, b);
-}
-__device__ __forceinline__ unsigned long long multiplyHigh(unsigned long long a,
-                                                           unsigned long long b) {
-  return __umul64hi(a, b);
-}
-
-// A number to divide by, with floor((2^bits - 1) / value): one multiplication and one correction
-// give the exact quotient of any dividend, where a division takes tens of instructions.
-template <typename Unsigned>
+// A number to divide by. For any dividend below 2^31, (dividend * multiplier) >> shift is the exact
+// quotient (Granlund and Montgomery 1994, with multiplier = floor(2^shift / value) + 1 and
+// shift = 31 + ceil(log2 value)): two instructions, where a division takes tens.
 struct Divisor {
-  Unsigned value;
-  Unsigned reciprocal;
+  unsigned int value;
+  unsigned int multiplier;
+  unsigned long long shift;
 
-  __device__ __forceinline__ Unsigned divide(Unsigned dividend, Unsigned& remainder) const {
-    Unsigned quotient = multiplyHigh(dividend, reciprocal);
-    remainder = dividend - quotient * value;
-    if (remainder >= value) {
-      remainder -= value;
-      ++quotient;
-    }
-    return quotient;
+  __device__ __forceinline__ unsigned int divide(unsigned int dividend) const {
+    return static_cast<unsigned int>((static_cast<unsigned long long>(dividend) * multiplier) >>
+                                     shift);
   }
 };
 
@@ -63,8 +51,8 @@ struct Divisor {
 struct Rows {
   long long source_token_stride;
   long long source_head_stride;
-  long long cache_block_stride;
   long long cache_slot_stride;
+  long long cache_block_step;  // block stride - block size * slot stride: what blocks add to slots
   long long cache_head_stride;
   unsigned long long vectors_per_head;
 };
@@ -77,12 +65,12 @@ struct PagedCachingParameters {
   const char* k;
   const char* v;
   const void* slot_mapping;
-  unsigned long long vectors;  // tokens x vectors per token, below 2^32
+  unsigned long long vectors;  // tokens x vectors per token, at most 2^31
   // of the descriptor
-  unsigned long long num_slots;
-  Divisor<unsigned long long> block_size;
-  Divisor<unsigned int> vectors_per_token;
-  Divisor<unsigned int> vectors_per_head;  // of the longer of K and V
+  unsigned long long num_slots;  // at most 2^31
+  Divisor block_size;
+  Divisor vectors_per_token;
+  Divisor vectors_per_head;  // of the longer of K and V
   Rows k_rows;
   Rows v_rows;
 };
@@ -96,47 +84,48 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   using V = typename Vector<kWidth>::type;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
-  // that one wrote may be read before here. The next one may be set up from now on, and will wait
-  // for this one in turn. Launched otherwise, both do nothing.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  // The next kernel may be set up from now on, if it was launched programmatically; whatever it
+  // reads, it waits for this one, as this one waits below.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index >= p.vectors) return;
-  unsigned int in_token, in_head;
-  const long long token = p.vectors_per_token.divide(index, in_token);
-  const long long head = p.vectors_per_head.divide(in_token, in_head);
+  const unsigned int token = p.vectors_per_token.divide(index);
+  const unsigned int in_token = index - token * p.vectors_per_token.value;
+  const unsigned int head = p.vectors_per_head.divide(in_token);
+  const unsigned int in_head = in_token - head * p.vectors_per_head.value;
   const long long in_row = static_cast<long long>(in_head) * kWidth;
   const bool has_k = in_head < p.k_rows.vectors_per_head;
   const bool has_v = in_head < p.v_rows.vectors_per_head;
+  const Slot* const slot_at = static_cast<const Slot*>(p.slot_mapping) + token;
+  const char* const k_at =
+      p.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + in_row;
+  const char* const v_at =
+      p.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + in_row;
+  char* const k_head = p.k_cache + head * p.k_rows.cache_head_stride + in_row;
+  char* const v_head = p.v_cache + head * p.v_rows.cache_head_stride + in_row;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
+  // that one wrote may be read above, and all of it may be read below.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
   // All three loads are under way before the slot is needed.
-  const long long slot = static_cast<const Slot*>(p.slot_mapping)[token];
+  const long long slot = *slot_at;
   V k, v;
-  if (has_k) {
-    k = *reinterpret_cast<const V*>(p.k + token * p.k_rows.source_token_stride +
-                                    head * p.k_rows.source_head_stride + in_row);
-  }
-  if (has_v) {
-    v = *reinterpret_cast<const V*>(p.v + token * p.v_rows.source_token_stride +
-                                    head * p.v_rows.source_head_stride + in_row);
-  }
+  if (has_k) k = *reinterpret_cast<const V*>(k_at);
+  if (has_v) v = *reinterpret_cast<const V*>(v_at);
 
   // As unsigned, padding (any negative slot) is past the end too.
   if (static_cast<unsigned long long>(slot) >= p.num_slots) return;
-  unsigned long long in_block;
-  const long long block = p.block_size.divide(slot, in_block);
-  const long long offset = in_block;
+  const long long block = p.block_size.divide(static_cast<unsigned int>(slot));
   if (has_k) {
-    *reinterpret_cast<V*>(p.k_cache + block * p.k_rows.cache_block_stride +
-                          offset * p.k_rows.cache_slot_stride + head * p.k_rows.cache_head_stride +
-                          in_row) = k;
+    *reinterpret_cast<V*>(k_head + slot * p.k_rows.cache_slot_stride +
+                          block * p.k_rows.cache_block_step) = k;
   }
   if (has_v) {
-    *reinterpret_cast<V*>(p.v_cache + block * p.v_rows.cache_block_stride +
-                          offset * p.v_rows.cache_slot_stride + head * p.v_rows.cache_head_stride +
-                          in_row) = v;
+    *reinterpret_cast<V*>(v_head + slot * p.v_rows.cache_slot_stride +
+                          block * p.v_rows.cache_block_step) = v;
   }
 }
 

@@ -18,13 +18,6 @@ static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
 #define __forceinline__ inline
 #define __grid_constant__
 
-static inline unsigned int __umulhi(unsigned int a, unsigned int b) {
-  return static_cast<unsigned int>((static_cast<unsigned long long>(a) * b) >> 32);
-}
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return static_cast<unsigned long long>((static_cast<unsigned __int128>(a) * b) >> 64);
-}
-
 #include "paged_caching.cuh"
 
 using Kernel = void (*)(pagedcache::PagedCachingParameters);
@@ -63,13 +56,9 @@ extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, un
 
 extern "C" std::size_t parameters_size() { return sizeof(pagedcache::PagedCachingParameters); }
 
-extern "C" unsigned long long divide64(unsigned long long dividend, unsigned long long value,
-                                       unsigned long long reciprocal,
-                                       unsigned long long* remainder) {
-  return pagedcache::Divisor<unsigned long long>{value, reciprocal}.divide(dividend, *remainder);
-}
-
-extern "C" unsigned int divide32(unsigned int dividend, unsigned int value, unsigned int reciprocal,
-                                 unsigned int* remainder) {
-  return pagedcache::Divisor<unsigned int>{value, reciprocal}.divide(dividend, *remainder);
+extern "C" unsigned int divide(unsigned int dividend, unsigned long long first,
+                               unsigned long long second) {
+  const pagedcache::Divisor divisor{static_cast<unsigned int>(first),
+                                    static_cast<unsigned int>(first >> 32), second};
+  return divisor.divide(dividend);
 }

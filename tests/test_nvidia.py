@@ -213,6 +213,7 @@ def test_a_late_producer(cupy, monkeypatch, programmatic):
     k, v = (cupy.zeros((tokens, heads, size), np.uint16) for _ in "kv")
     slots = cupy.zeros(tokens, np.int64)
     halves = [array.view(np.float16) for array in (k_cache, v_cache, k, v)]
+    second = cupy.zeros(shape, np.float16)
     wrong = cupy.zeros((), np.int64)
     index = cupy.arange(tokens * heads * size).reshape(tokens, heads, size)
     with pc.Descriptor.create(*halves, slots) as descriptor:
@@ -220,8 +221,11 @@ def test_a_late_producer(cupy, monkeypatch, programmatic):
             late((4,), (256,), (k, v, slots, np.int32(tokens), np.int32(heads * size),
                                 np.int32(blocks * block_size), np.int32(turn)))  # fmt: skip
             descriptor.calculate(*halves, slots)
+            # Right behind it, one that reads the same: late for it is the kernel before the last.
+            descriptor.calculate(second, *halves[1:], slots)
             where = (cupy.arange(tokens) + turn) * 17 % (blocks * block_size)
             block, offset = where // block_size, where % block_size
+            wrong += (second.view(np.uint16)[block, :, offset] != k_cache[block, :, offset]).sum()
             wrong += (k_cache[block, :, offset] != (index * 7 + turn).astype(np.uint16)).sum()
             wrong += (v_cache[block, :, offset] != (index * 5 + turn * 3).astype(np.uint16)).sum()
     assert int(wrong) == 0
@@ -297,8 +301,7 @@ def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
         opaque = descriptor._opaque
-        opaque._widest.launches.clear()
-        opaque._threads = 1 << 20  # more than any device runs in a block
+        opaque._threads = (1 << 20, 1 << 20)  # more than any device runs in a block
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())
         assert got.value.status == Status.INTERNAL_ERROR

@@ -21,8 +21,10 @@ FILE = "paged_caching.cuh"
 WIDTHS = (16, 8, 4, 2)
 TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
-# Threads in a block, for each class of device; the H200 was measured, the others follow from it.
-THREADS = {4096: 512, 1024: 128, 512: 64}
+# Threads in a block, for each class of device: of a write that does not fill the device, and of one
+# that does. The H200 (class 1024) was measured; the others follow from it.
+THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
+MOST = 2**31  # what struct Divisor divides exactly
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
 _LAUNCH_WORDS = 6  # k_cache, v_cache, k, v, slot_mapping, vectors
@@ -44,16 +46,20 @@ class PagedCaching:
     workspace_size = 0
 
     def __init__(self, info: PagedCachingInfo, device: CudaDevice) -> None:
+        if info.num_slots > MOST:
+            rule = f"must have at most {MOST} slots on a GPU"
+            raise NotSupportedError("k_cache", rule, info.num_slots)
         self._device = device
         self._current_stream = device.current_stream
         self._threads = THREADS[device.limits.thread_class]
+        self._few_vectors = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
         alignment = _alignment(info)
         widths = [width for width in WIDTHS if info.dtype.itemsize <= width <= alignment]
         names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in widths)
         functions = device.compile(FILE, names)
         # Addresses are known only at each call, so a narrower instance may be needed for some.
-        most = min(2**32, device.limits.max_grid_x * self._threads) - self._threads
+        most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
             width: _Kernel(info, width, function, most)
             for width, function in zip(widths, functions, strict=True)
@@ -63,9 +69,10 @@ class PagedCaching:
 
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""
-        tokens = min(num_tokens, self._widest.most_tokens)
-        blocks = -(-tokens * self._widest.vectors_per_token // self._threads)
-        return LaunchConfig((max(blocks, 1), 1, 1), (self._threads, 1, 1))
+        kernel = self._widest
+        vectors = min(num_tokens, kernel.most_tokens) * kernel.vectors_per_token
+        threads = self._threads[vectors > self._few_vectors]
+        return LaunchConfig((max(-(-vectors // threads), 1), 1, 1), (threads, 1, 1))
 
     def calculate(
         self,
@@ -83,24 +90,39 @@ class PagedCaching:
         # The lowest bit that is set is the alignment that all four addresses share.
         kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
         handle = self._current_stream() if stream is None else self._device.stream(stream)
-        # Taking from and giving to a list is atomic, so no two threads hold one launch.
-        try:
-            launch = kernel.launches.pop()
-        except IndexError:
-            launch = self._device.prepare(kernel.function, self._threads, kernel.words)
         while num_tokens > kernel.most_tokens:
-            # The kernel counts vectors in 32 bits; more of them take several launches.
-            vectors = kernel.most_tokens * kernel.vectors_per_token
-            _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
-            launch.run(-(-vectors // self._threads), handle)
-            k += kernel.most_tokens * kernel.k_token_stride
-            v += kernel.most_tokens * kernel.v_token_stride
-            slot_mapping += kernel.most_tokens * self._slot_size
-            num_tokens -= kernel.most_tokens
+            # More vectors than the kernel counts take several launches.
+            tokens = kernel.most_tokens
+            self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, tokens, handle)
+            k += tokens * kernel.k_token_stride
+            v += tokens * kernel.v_token_stride
+            slot_mapping += tokens * self._slot_size
+            num_tokens -= tokens
+        self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, num_tokens, handle)
+
+    def _launch(
+        self,
+        kernel: _Kernel,
+        k_cache: int,
+        v_cache: int,
+        k: int,
+        v: int,
+        slot_mapping: int,
+        num_tokens: int,
+        stream: int,
+    ) -> None:
         vectors = num_tokens * kernel.vectors_per_token
+        large = vectors > self._few_vectors
+        threads = self._threads[large]
+        # Taking from and giving to a list is atomic, so no two threads hold one launch.
+        launches = kernel.launches[large]
+        try:
+            launch = launches.pop()
+        except IndexError:
+            launch = self._device.prepare(kernel.function, threads, kernel.words)
         _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
-        launch.run(-(-vectors // self._threads), handle)
-        kernel.launches.append(launch)
+        launch.run(-(-vectors // threads), stream)
+        launches.append(launch)
 
 
 class _Kernel:
@@ -121,29 +143,30 @@ class _Kernel:
         self.words = [
             *(0,) * _LAUNCH_WORDS,
             info.num_slots,
-            info.block_size,
-            _reciprocal(info.block_size, 64),
-            self.vectors_per_token | _reciprocal(self.vectors_per_token, 32) << 32,
-            per_head | _reciprocal(per_head, 32) << 32,
+            *_divisor(info.block_size),
+            *_divisor(self.vectors_per_token),
+            *_divisor(per_head),
             self.k_token_stride,
             info.k_head_stride * size,
-            info.k_cache_block_stride * size,
             info.k_cache_slot_stride * size,
+            (info.k_cache_block_stride - info.block_size * info.k_cache_slot_stride) * size,
             info.k_cache_head_stride * size,
             k_per_head,
             self.v_token_stride,
             info.v_head_stride * size,
-            info.v_cache_block_stride * size,
             info.v_cache_slot_stride * size,
+            (info.v_cache_block_stride - info.block_size * info.v_cache_slot_stride) * size,
             info.v_cache_head_stride * size,
             v_per_head,
         ]
-        self.launches: list[Launch] = []
+        # Of small writes, and of large ones.
+        self.launches: tuple[list[Launch], list[Launch]] = ([], [])
 
 
-def _reciprocal(value: int, bits: int) -> int:
-    """Return what struct Divisor multiplies with to divide by `value` exactly."""
-    return ((1 << bits) - 1) // value
+def _divisor(value: int) -> tuple[int, int]:
+    """Return struct Divisor of the kernel as words; it divides what is below 2^31 exactly."""
+    shift = 31 + (value - 1).bit_length()
+    return value | ((1 << shift) // value + 1) << 32, shift
 
 
 def _alignment(info: PagedCachingInfo) -> int:
