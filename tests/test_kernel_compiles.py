@@ -57,8 +57,9 @@ def test_every_instance_compiles(architecture):
         # K and V by one load and one store of the promised width each; the slot is the only other
         # load.
         assert len(re.findall(r"ld\.global", body)) == 3
-        slot_too = (slots, width) == ("int32", 4)
-        assert len(re.findall(rf"ld\.global\.{re.escape(vector)}", body)) == 2 + slot_too
+        wide = len(re.findall(rf"ld\.global\.{re.escape(vector)}", body))
+        # For some architectures the load of an int32 slot reads as one of 4 bytes, unsigned.
+        assert wide == 2 or (wide == 3 and (slots, width) == ("int32", 4))
         assert len(re.findall(r"st\.global", body)) == 2
         assert len(re.findall(rf"st\.global\.{re.escape(vector)}", body)) == 2
         assert ".local" not in body
