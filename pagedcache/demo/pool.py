@@ -115,8 +115,8 @@ class Pool:
             if not self._holders[block]:
                 self._free.append(block)
 
-    def picture(self, columns: int = 32) -> str:
-        """Draw the pool, one character a block.
+    def marks(self) -> list[str]:
+        """Say of each block who holds it.
 
         A sequence's letter; ``*`` where several share the block; ``#`` where somebody else holds
         it; ``.`` where it is free.
@@ -127,5 +127,11 @@ class Pool:
         for sequence in self.sequences:
             for block in sequence.block_table:
                 marks[block] = sequence.name if self._holders[block] == 1 else "*"
+        return marks
+
+    def picture(self) -> str:
+        """Draw `marks` in rows, each after the number of its first block."""
+        columns, gap = (32, " ") if self.num_blocks <= 256 else (80, "")
+        marks = self.marks()
         rows = range(0, self.num_blocks, columns)
-        return "\n".join(f"  {row:>4}  {' '.join(marks[row : row + columns])}" for row in rows)
+        return "\n".join(f"  {row:>4}  {gap.join(marks[row : row + columns])}" for row in rows)

@@ -186,26 +186,22 @@ class Descriptor:
         this one by the caller. On the CPU the write is done when this returns.
         """
         try:
-            reader = readers[type(k_cache)]
-            look = reader.look
+            look, address, _ = readers[type(k_cache)]
             looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
+            k_cache_at, v_cache_at = address(k_cache), address(v_cache)
+            k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
         except Exception:
             looks = None
         # What looks as the arrays of the call before did has been checked then.
         if looks != self._accepted or looks is None or workspace is not None or workspace_size:
-            self._check_and_write(
-                (k_cache, v_cache, k, v, slot_mapping), looks, workspace, workspace_size, stream
-            )
+            arrays = (k_cache, v_cache, k, v, slot_mapping)
+            self._check_and_write(arrays, looks, workspace, workspace_size, stream)
             return
-        address = reader.address
-        k_cache, v_cache, k, v = address(k_cache), address(v_cache), address(k), address(v)
-        slot_mapping = address(slot_mapping)
-        tokens = looks[4][0][0]
         # What `_write` does, without another call: this is the hot path.
-        if (k_cache | v_cache | k | v) & self._item_mask or slot_mapping & self._slot_mask:
-            self._refuse_misaligned((k_cache, v_cache, k, v, slot_mapping))
-        if tokens:
-            self._opaque.calculate(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream)
+        if (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask or slots_at & self._slot_mask:
+            self._refuse_misaligned((k_cache_at, v_cache_at, k_at, v_at, slots_at))
+        if tokens := looks[4][0][0]:
+            self._opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
     def write_at(
         self,
@@ -442,9 +438,10 @@ def paged_caching(
     """
     global _latest
     try:
-        reader = readers[type(k_cache)]
-        look = reader.look
+        look, address, _ = readers[type(k_cache)]
         looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
+        k_cache_at, v_cache_at = address(k_cache), address(v_cache)
+        k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
     except Exception:
         looks = None
     latest_layout, latest_looks, descriptor = _latest  # read once: threads may replace it
@@ -454,17 +451,8 @@ def paged_caching(
         descriptor.calculate(*arrays, stream=stream)
         _latest = layout, looks, descriptor
         return
-    address = reader.address
-    descriptor._write(
-        address(k_cache),
-        address(v_cache),
-        address(k),
-        address(v),
-        address(slot_mapping),
-        looks[4][0][0],
-        0,
-        stream,
-    )
+    tokens = looks[4][0][0]
+    descriptor._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
 
 _MOST_DESCRIPTORS = 256
