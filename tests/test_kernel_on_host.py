@@ -37,7 +37,7 @@ class HostDevice:
     name = "cpu"
 
     def __init__(self, library, **limits):
-        self.library = library
+        self.shim = library
         self.limits = FakeLimits(**limits)
         self.launches = []
 
@@ -58,11 +58,11 @@ class HostDevice:
 
     def prepare(self, function, threads, words):
         words = (ctypes.c_uint64 * len(words))(*words)
-        assert ctypes.sizeof(words) == self.library.parameters_size()
+        assert ctypes.sizeof(words) == self.shim.parameters_size()
 
         def run(blocks, stream):
             self.launches.append((function, blocks, threads))
-            assert self.library.run(*function, blocks, threads, words) == 0
+            assert self.shim.run(*function, blocks, threads, words) == 0
 
         return SimpleNamespace(words=words, run=run)
 
@@ -153,7 +153,7 @@ def test_widest_access_that_alignment_allows(library, dtype, k_size, v_size, shi
     with descriptor_on(device, case) as descriptor:
         addresses = dict(zip(case.views, (2**20,) * 5, strict=True))
         addresses["k"] += shift
-        device.library = SimpleNamespace(run=lambda *_: 0, parameters_size=library.parameters_size)
+        device.shim = SimpleNamespace(run=lambda *_: 0, parameters_size=library.parameters_size)
         descriptor.calculate(*addresses.values())
     assert [function[2] for function, _, _ in device.launches] == [width]
 
