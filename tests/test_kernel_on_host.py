@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +76,7 @@ class HostDevice:
 def library(tmp_path_factory):
     built = tmp_path_factory.mktemp("host_kernel") / "kernel.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
     program = [shutil.which("g++"), *flags, "-I", source.folder(), HERE / "host_kernel.cpp"]
     subprocess.run([*program, "-o", built], check=True)
     library = ctypes.CDLL(str(built))
@@ -185,3 +188,55 @@ def test_threads_share_a_descriptor(library):
             list(pool.map(write, several))
     for case, buffers in zip(several, wanted, strict=True):
         same(case, buffers)
+
+
+def sanitized(test):
+    """Run a test of this file in a process of its own, the kernel built with sanitizers."""
+    runtime = subprocess.run(
+        [shutil.which("g++"), "-print-file-name=libasan.so"], capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    if not Path(runtime).is_absolute():
+        pytest.skip("this g++ has no AddressSanitizer")
+    flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
+    # -s, since what pytest captured dies with the process.
+    alone = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", f"{__file__}::{test}"]
+    return subprocess.run(
+        [sys.executable, *alone],
+        env={
+            **os.environ,
+            "PAGEDCACHE_HOST_FLAGS": flags,
+            "LD_PRELOAD": runtime,
+            # Python itself leaks by design, and its small objects come from no heap of ours.
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "PYTHONMALLOC": "malloc",
+        },
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_kernel_under_sanitizers():
+    done = sanitized("test_kernel_writes_what_the_definition_says")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_sanitizers_would_notice():
+    done = sanitized("test_out_of_bounds_on_purpose")
+    assert done.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stdout + done.stderr
+
+
+def test_out_of_bounds_on_purpose(library):
+    if "sanitize" not in os.environ.get("PAGEDCACHE_HOST_FLAGS", ""):
+        pytest.skip("writes past the end of a cache; only the test above runs it")
+    case = simple_case(tokens=3, heads=1, k_size=8, v_size=8, blocks=2, block_size=1)
+    case.views["slot_mapping"][...] = 0
+    info = pc.PagedCachingInfo.create(
+        *(tensor_descriptor(case, name) for name in
+          ("k_cache", "v_cache", "k", "v", "slot_mapping"))
+    )  # fmt: skip
+    larger = dataclasses.replace(info, num_blocks=10)
+    case.views["slot_mapping"][...] = 6  # just behind the guard
+    write = nvidia.PagedCaching(larger, HostDevice(library))
+    write.calculate(*case.addresses(), 3, 0, None)
