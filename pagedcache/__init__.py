@@ -1,4 +1,4 @@
-"""pagedcache: the paged KV-cache write, compiled on first use, on any array.
+"""pagedcache: the paged KV-cache write, compiled on first use, on NumPy and CuPy arrays.
 
 In dependency order, each importing only what stands above it:
 
@@ -7,7 +7,7 @@ In dependency order, each importing only what stands above it:
 - `backend`: one folder for each type of device, found through its `registry`
 - `interface`: what callers hold: handle and descriptor
 - `infiniop`: the same operator behind InfiniCore's C functions
-- `demo`, `__main__`: the command line
+- `demo`, `bench`, `__main__`: the command line
 
 The kernels are CUDA source in ``cuda_src``. Importing this package imports neither CuPy nor CUDA.
 """

@@ -158,8 +158,12 @@ def _steps(tensor: TensorDescriptor) -> tuple[int, ...]:
 
 
 def _token_step(tensor: TensorDescriptor) -> int:
-    # Later calls may have more rows than this one, so a single row keeps its step, if it is one.
-    return max(tensor.strides[0], 0)
+    """Return the step from row to row, also where there is one row now and more in later calls."""
+    rows, heads, size = tensor.shape
+    one_row = (heads - 1) * tensor.strides[1] + size
+    if rows > 1 or tensor.strides[0] >= one_row:
+        return tensor.strides[0]
+    return heads * size  # a step that is never taken, such as that of x[None]
 
 
 def _check_dtypes(tensors: dict[str, TensorDescriptor]) -> None:

@@ -23,6 +23,8 @@ from pagedcache.status import (
     NullPointerError,
 )
 
+_FAR = 2**48  # elements; with less than this no offset in bytes leaves 64 bits
+
 
 @dataclass(frozen=True, slots=True, init=False)
 class TensorDescriptor:
@@ -62,12 +64,15 @@ class TensorDescriptor:
         device: str | None = None,
     ) -> None:
         lengths = _ints(shape)
-        if lengths is None or any(length < 0 for length in lengths):
-            raise BadTensorShapeError("shape", "must be ints of 0 or more", repr(shape))
+        if lengths is None or not all(0 <= length < _FAR for length in lengths):
+            rule = f"must be ints of 0 or more and below {_FAR}"
+            raise BadTensorShapeError("shape", rule, repr(shape))
         steps = row_major(lengths) if strides is None else _ints(strides)
         if steps is None or len(steps) != len(lengths):
             rule = f"must be {len(lengths)} ints, one for each axis of shape {lengths}"
             raise BadTensorStridesError("strides", rule, repr(strides))
+        if not all(-_FAR < step < _FAR for step in steps):
+            raise BadTensorStridesError("strides", f"must be below {_FAR}", repr(strides))
         if device is not None and not isinstance(device, str):
             raise BadParamTypeError("device", "must be a str such as 'cuda:0'", repr(device))
         object.__setattr__(self, "dtype", as_dtype("dtype", dtype))

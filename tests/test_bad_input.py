@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -292,6 +293,8 @@ def test_tensors_on_different_devices():
         (("no_such_type", (2,)), Status.BAD_TENSOR_DTYPE, TypeError),
         ((None, (2,)), Status.BAD_TENSOR_DTYPE, TypeError),
         (("float16", (2, -1)), Status.BAD_TENSOR_SHAPE, ValueError),
+        (("float16", (2**48,)), Status.BAD_TENSOR_SHAPE, ValueError),
+        (("float16", (2, 2), (2**63, 1)), Status.BAD_TENSOR_STRIDES, ValueError),
         (("float16", 3), Status.BAD_TENSOR_SHAPE, ValueError),
         (("float16", (2.5,)), Status.BAD_TENSOR_SHAPE, ValueError),
         (("float16", (2, 3), (1,)), Status.BAD_TENSOR_STRIDES, ValueError),
@@ -312,6 +315,11 @@ def test_addresses():
             addresses[position] = 0
             refused(partial(descriptor.calculate, *addresses), Status.NULL_POINTER, ValueError,
                     [name, "null"])  # fmt: skip
+            addresses[position] = 2**64
+            refused(partial(descriptor.calculate, *addresses), Status.BAD_PARAM, ValueError,
+                    [name, "below 2^63"])  # fmt: skip
+            got = infiniop.infiniopPagedCaching(descriptor, 0, 0, *addresses, 0)
+            assert got == Status.BAD_PARAM
             addresses[position] = case.addresses()[position] + 1
             refused(partial(descriptor.calculate, *addresses), Status.BAD_PARAM, ValueError,
                     [name, "multiple"])  # fmt: skip
@@ -424,7 +432,9 @@ def test_no_cupy():
     done = python(
         "import sys; sys.modules['cupy'] = None\n"
         "import pagedcache as pc\n"
+        "from pagedcache.backend import nvidia\n"
         "print(pc.Handle().device)\n"
+        "nvidia._check_driver = lambda: None\n"
         "try: pc.Handle('cuda')\n"
         "except pc.PagedCacheError as e: print(e.status.name, isinstance(e, ImportError), e)\n"
         "print(pc.infiniop.infiniopCreateHandle(1, 0)[0].name)"
@@ -436,38 +446,82 @@ def test_no_cupy():
     assert status == "DEVICE_NOT_INITIALIZED"
 
 
-def test_no_driver(monkeypatch):
-    cupy = pytest.importorskip("cupy")
-    if cupy.cuda.runtime.driverGetVersion():
-        pytest.skip("there is a driver here")
-    with pytest.raises(RuntimeError, match="needs the NVIDIA driver") as caught:
+@pytest.fixture
+def nvidia():
+    from pagedcache.backend import nvidia
+
+    functions = (nvidia._check_driver, nvidia._count_devices, nvidia._check_nvrtc, nvidia._open)
+    for function in functions:
+        function.cache_clear()
+    yield nvidia
+    for function in functions:
+        function.cache_clear()
+
+
+def test_no_driver(monkeypatch, nvidia):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(nvidia.ctypes, "CDLL", missing)
+    with pytest.raises(RuntimeError, match=r"needs the NVIDIA driver.*libcuda") as caught:
         pc.Handle("cuda")
     assert caught.value.status == Status.DEVICE_NOT_INITIALIZED
     assert infiniop.infiniopCreateHandle(infiniop.InfiniDevice.NVIDIA, 0) == (
         Status.DEVICE_NOT_INITIALIZED, None,
     )  # fmt: skip
+    assert not pc.backends()["cuda"].usable
+    assert pc.Handle().device == "cpu"
 
 
-def test_no_nvrtc(monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        (35, Status.DEVICE_NOT_INITIALIZED, "needs a newer NVIDIA driver"),
+        (100, Status.DEVICE_NOT_FOUND, "found no usable GPU"),
+    ],
+)
+def test_no_usable_gpu(monkeypatch, nvidia, code, status, words):
+    class Error(RuntimeError):
+        status = code
+
+    class Runtime:
+        CUDARuntimeError = Error
+
+        def getDeviceCount(self):  # noqa: N802
+            raise Error("cudaErrorWhatever")
+
+    fake = SimpleNamespace(cuda=SimpleNamespace(runtime=Runtime()))
+    monkeypatch.setattr(nvidia, "_check_driver", lambda: None)
+    monkeypatch.setattr(nvidia, "import_cupy", lambda: fake)
+    with pytest.raises(RuntimeError, match=words) as caught:
+        pc.Handle("cuda")
+    assert caught.value.status == status
+    # pytest undoes this after the fixture looked for the caches
+    monkeypatch.undo()
+
+
+def test_no_nvrtc(monkeypatch, nvidia):
     cupy = pytest.importorskip("cupy")
-    from pagedcache.backend import nvidia
 
     class Missing:
         def getVersion(self):  # noqa: N802
             raise RuntimeError("libnvrtc was not found")
 
+    monkeypatch.setattr(nvidia, "_check_driver", lambda: None)
     monkeypatch.setattr(nvidia, "_count_devices", lambda: 1)
     monkeypatch.setattr(cupy.cuda, "nvrtc", Missing())
-    nvidia._check_nvrtc.cache_clear()
     with pytest.raises(ImportError, match=r"needs NVRTC .*libnvrtc was not found") as caught:
         pc.Handle("cuda")
     assert caught.value.status == Status.DEVICE_NOT_INITIALIZED
+    monkeypatch.undo()
 
 
 def test_a_cache_folder_that_cannot_be_written():
     pytest.importorskip("cupy")
     done = python(
         "import pagedcache as pc\n"
+        "from pagedcache.backend import nvidia\n"
+        "nvidia._check_driver = lambda: None\n"
         "try: pc.Handle('cuda')\n"
         "except pc.PagedCacheError as e: print(e.status.name, e)\n"
         "print(pc.Handle('cpu').device)",
@@ -475,5 +529,5 @@ def test_a_cache_folder_that_cannot_be_written():
     )
     assert done.stderr == ""
     error, cpu = done.stdout.splitlines()
-    assert error.startswith("DEVICE_NOT_INITIALIZED")
+    assert error.startswith("DEVICE_NOT_INITIALIZED backend cuda needs a cache folder for CuPy")
     assert cpu == "cpu"

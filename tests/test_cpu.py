@@ -42,13 +42,30 @@ def test_any_number_of_tokens(tokens):
     same(case, wanted)
 
 
-def test_rows_past_the_slot_mapping_are_not_read():
+def test_rows_past_the_slot_mapping_do_not_matter():
     case = simple_case(tokens=9)
     wanted = expected(case)
     k_cache, v_cache, k, v, slots = case.arrays()
     padded = np.concatenate([k, np.full_like(k, 7)])
     pc.paged_caching(k_cache, v_cache, padded, v, slots)
     same(case, {name: wanted[name] for name in ("k_cache", "v_cache")})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_descriptor_made_for_one_token_serves_many(fused):
+    many = simple_case(tokens=9)
+    k_cache, v_cache, k, v, slots = many.arrays()
+    if fused:
+        qkv = np.concatenate([k, k, v], -1)
+        k, v = qkv[..., 8:16], qkv[..., 16:]
+        first = k[:1], v[:1]
+    else:
+        first = k[0][None], v[0][None]
+        assert first[0].strides[0] == 0  # a step that NumPy made up
+    wanted = expected(many)
+    with pc.Descriptor.create(k_cache, v_cache, *first, slots[:1]) as descriptor:
+        descriptor.calculate(k_cache, v_cache, k, v, slots)
+    same(many, {name: wanted[name] for name in ("k_cache", "v_cache")})
 
 
 def test_every_bit_pattern_survives():

@@ -11,6 +11,7 @@ from layouts import cases, same, simple_case
 
 import pagedcache as pc
 from pagedcache import infiniop
+from pagedcache.backend.nvidia.paged_caching import THREADS
 from pagedcache.status import Status
 
 pytestmark = pytest.mark.gpu
@@ -84,7 +85,7 @@ def test_caches_past_4_gib(cupy):
     blocks = 2**32 // (16 * 8 * 128 * 2) + 3
     k_cache = cupy.full((blocks, 8, 16, 128), 1, np.float16)
     v_cache = cupy.full((blocks, 8, 16, 128), 2, np.float16)
-    k = cupy.random.rand(5, 8, 128).astype(np.float16)
+    k = (cupy.arange(5 * 8 * 128) % 2039).reshape(5, 8, 128).astype(np.float16)
     last = blocks * 16 - 1
     slots = cupy.asarray([last, 0, last - 16, -1, last + 1])
     pc.paged_caching(k_cache, v_cache, k, k + 1, slots)
@@ -242,6 +243,37 @@ def test_libraries_in_turn(cupy):
     same(there, wanted)
 
 
+def test_kernels_outlive_cupys_memory_of_them(cupy):
+    case = simple_case()
+    there = case.on(cupy.asarray)
+    with pc.Descriptor.create(*there.arrays()) as descriptor:
+        descriptor.calculate(*there.arrays())
+        cupy.clear_memo()
+        import gc
+
+        gc.collect()
+        descriptor.calculate(*there.arrays())
+    same(there, on_cpu(case))
+
+
+def test_first_descriptors_in_many_threads(cupy):
+    device = pc.Handle("cuda:0").opened()
+    device._compiled.clear()
+    several = [simple_case(dtype=dtype) for dtype in ("float16", "bfloat16", "float32") * 4]
+    theres = [case.on(cupy.asarray) for case in several]
+    cupy.cuda.Device().synchronize()
+
+    def write(there):
+        cupy.cuda.Device(0).use()
+        pc.paged_caching(*there.arrays())
+        cupy.cuda.get_current_stream().synchronize()
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(write, theres))
+    for case, there in zip(several, theres, strict=True):
+        same(there, on_cpu(case))
+
+
 def test_infiniop_on_device_addresses(cupy):
     case = simple_case(dtype="bfloat16", slots="int64")
     there = case.on(cupy.asarray)
@@ -272,7 +304,10 @@ def test_strategy_follows_the_device(cupy):
     with pc.Descriptor.create(*there.arrays(), handle=handle) as descriptor:
         config = descriptor.launch_config(65_536)
         assert config.shared_mem == 0
-        assert config.block[0] <= cupy.cuda.Device(0).attributes["MaxThreadsPerBlock"]
+        small, large = THREADS[handle.opened().limits.thread_class]
+        assert config.block == (large, 1, 1)
+        assert descriptor.launch_config(1).block == (small, 1, 1)
+        assert config.grid[0] * large == 65_536 * 3 * 8 * 2 // 16
 
 
 def test_bad_input(cupy):

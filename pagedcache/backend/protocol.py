@@ -7,8 +7,12 @@ addresses and counts, and keeps whatever its hardware needs to itself.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from pagedcache.status import NotSupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +61,25 @@ class Backend(Protocol):
 
     def open(self, index: int | None) -> Device:
         """Return device `index`; ``None`` is the one that the array library would use now."""
+
+
+def load_operator(package: str, operators: Mapping[str, str], name: str) -> Any:
+    """Import the class that implements an operator.
+
+    Parameters
+    ----------
+    package : str
+        Of the backend.
+    operators : mapping
+        From the operator's name to ``"module:Class"`` inside that package.
+    name : str
+
+    Raises
+    ------
+    NotSupportedError
+        The backend does not have this operator.
+    """
+    if name not in operators:
+        raise NotSupportedError(f"operator {name!r}", f"is not in the backend {package}")
+    module, _, attribute = operators[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", package), attribute)

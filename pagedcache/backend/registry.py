@@ -98,6 +98,8 @@ def backends() -> dict[str, BackendReport]:
             reason, usable = backend_of(device_type).open(None).describe(), True
         except PagedCacheError as error:
             reason, usable = str(error), False
+        except Exception as error:
+            reason, usable = f"fails: {error!r}", False
         reports[device_type] = BackendReport(device_type, target, usable, reason)
     return reports
 
@@ -146,6 +148,6 @@ def _load(target: str) -> Backend:
     except ImportError as error:
         rule = f"cannot be imported: {error}"
         raise MissingLibraryError(f"backend {target}", rule) from error
-    except AttributeError as error:
-        raise InternalError(f"backend {target}", f"cannot be made: {error}") from error
+    except Exception as error:  # another package's
+        raise InternalError(f"backend {target}", f"cannot be made: {error!r}") from error
     return backend

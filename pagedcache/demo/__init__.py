@@ -173,7 +173,8 @@ def _tell(
         f"\nThe cache: {pool.num_blocks} blocks of {block_size} tokens, for K and for V an array "
         f"{list(shape)} of {arguments.dtype} ({layout})."
     )
-    print("  . free   # held by somebody else   A B C D held by that sequence   * shared")
+    print("  . free   # held by others   A B C D held by that sequence   * shared by several")
+    print("  (one mark a block; at the left, the number of the first block of the row)")
     print("Before: every byte is random, so that a stray write would show.")
     print(_paint(pool.picture()))
 

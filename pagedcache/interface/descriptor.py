@@ -85,7 +85,8 @@ class Descriptor:
             ``[num_blocks, num_kv_heads, block_size, head_size]`` for layout ``"HND"``,
             ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16
             or float32. Strides are free and may differ between the two, but the last axis must
-            have stride 1 and no two elements may share memory. V may have a head size of its own.
+            have stride 1. No two elements may share memory, in one cache or between the two; only
+            a stride of 0 is found out here. V may have a head size of its own.
         k, v : array or TensorDescriptor
             ``[num_tokens or more, num_kv_heads, head_size]``, of the same dtype; any strides of 0
             or more, the last axis 1.
@@ -199,9 +200,10 @@ class Descriptor:
             return
         # What `_write` does, without another call: this is the hot path.
         if (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask or slots_at & self._slot_mask:
-            self._refuse_misaligned((k_cache_at, v_cache_at, k_at, v_at, slots_at))
+            self._refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
         if tokens := looks[4][0][0]:
-            self._opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+            opaque = self._opaque or self._alive()
+            opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
     def write_at(
         self,
@@ -264,10 +266,11 @@ class Descriptor:
         stream: Any,
     ) -> None:
         """Check the addresses of tensors that are otherwise known to be right, and write."""
-        if (k_cache | v_cache | k | v) & self._item_mask or slot_mapping & self._slot_mask:
-            self._refuse_misaligned((k_cache, v_cache, k, v, slot_mapping))
+        bits = k_cache | v_cache | k | v
+        if bits & self._item_mask or slot_mapping & self._slot_mask or (bits | slot_mapping) >> 63:
+            self._refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
         if num_tokens:
-            self._opaque.calculate(
+            self._alive().calculate(
                 k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream
             )
 
@@ -373,8 +376,10 @@ class Descriptor:
         if tensor.device != self.device:
             raise _unlike(BadParamError, name, f"device {self.device}", tensor.device)
 
-    def _refuse_misaligned(self, addresses: tuple[int, ...]) -> None:
+    def _refuse_addresses(self, addresses: tuple[int, ...]) -> None:
         for name, address, expected in zip(NAMES, addresses, self._expected, strict=True):
+            if address >> 63:
+                raise BadParamError(name, "must be an address below 2^63", hex(address))
             size = expected.dtype.itemsize
             if address % size:
                 rule = f"must start at a multiple of its item size ({size} bytes)"
@@ -424,7 +429,11 @@ def paged_caching(
     Raises
     ------
     PagedCacheError
-        Before anything is launched and with nothing written.
+        Before anything is launched and with nothing written, but for a `LaunchError`.
+
+    Notes
+    -----
+    A first call for new shapes compiles, as `Descriptor.create` does: make it before a capture.
 
     Examples
     --------
@@ -470,7 +479,7 @@ def _find_descriptor(arrays: tuple[Any, ...], layout: str) -> Descriptor:
     if descriptor is None:
         descriptor = Descriptor.create(*arrays, layout=layout)
         if len(_descriptors) >= _MOST_DESCRIPTORS:
-            _descriptors.clear()
+            _descriptors.pop(next(iter(_descriptors)), None)
         _descriptors[key] = descriptor
     return descriptor
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pagedcache.backend.registry import backend_of, backends
-from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
+from pagedcache.backend.registry import backend_of
+from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError, PagedCacheError
 
 if TYPE_CHECKING:
     from pagedcache.backend.protocol import Device
@@ -71,7 +71,11 @@ class Handle:
 
 def default_device_type() -> str:
     """Return ``"cuda"`` if that backend is usable here, else ``"cpu"``."""
-    return "cuda" if backends()["cuda"].usable else "cpu"
+    try:
+        backend_of("cuda").open(None)
+    except PagedCacheError:
+        return "cpu"
+    return "cuda"
 
 
 def parse_device(subject: str, device: object) -> tuple[str, int | None]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 from typing import Any
 
 import numpy as np
 
-from pagedcache.status import DeviceNotFoundError, NotSupportedError
+from pagedcache.backend.protocol import load_operator
+from pagedcache.status import DeviceNotFoundError
 
 OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
 
@@ -47,7 +47,4 @@ class CpuDevice:
 
     def operator(self, name: str, info: Any) -> Any:
         """Return the implementation of an operator."""
-        if name not in OPERATORS:
-            raise NotSupportedError(f"operator {name!r}", "is not in the cpu backend")
-        module, _, attribute = OPERATORS[name].partition(":")
-        return getattr(importlib.import_module(f".{module}", __name__), attribute)(info)
+        return load_operator(__name__, OPERATORS, name)(info)

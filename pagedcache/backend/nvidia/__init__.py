@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, MissingLibraryError
@@ -10,6 +12,7 @@ from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, Mi
 if TYPE_CHECKING:
     from pagedcache.backend.nvidia.device import CudaDevice
 
+_INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 INSTALL = "pip install 'pagedcache[cuda13]' or, for a CUDA 12 driver, 'pagedcache[cuda12]'"
 
 
@@ -17,7 +20,7 @@ class NvidiaBackend:
     """Serves ``"cuda"``."""
 
     def check(self) -> None:
-        """Import CuPy and ask for a driver, a device and NVRTC.
+        """Look for the driver, import CuPy, and ask for a device and NVRTC.
 
         Raises
         ------
@@ -28,6 +31,7 @@ class NvidiaBackend:
         DeviceNotFoundError
             The driver sees no GPU.
         """
+        _check_driver()
         _count_devices()
         _check_nvrtc()
 
@@ -47,6 +51,16 @@ class NvidiaBackend:
             rule = f"must be one of the {count} GPUs here (cuda:0 to cuda:{count - 1})"
             raise DeviceNotFoundError("device", rule, f"cuda:{index}")
         return _open(current if index is None else index)
+
+
+@functools.cache
+def _check_driver() -> None:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        rule = f"needs the NVIDIA driver, which is not on this machine ({error})"
+        raise DeviceNotInitializedError("backend cuda", rule) from error
 
 
 def import_cupy() -> Any:
@@ -74,10 +88,10 @@ def _count_devices() -> int:
     try:
         count: int = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        if runtime.driverGetVersion():
-            raise DeviceNotFoundError("backend cuda", f"found no usable GPU: {error}") from error
-        rule = f"needs the NVIDIA driver, which is not on this machine: {error}"
-        raise DeviceNotInitializedError("backend cuda", rule) from error
+        if error.status == _INSUFFICIENT_DRIVER:
+            rule = f"needs a newer NVIDIA driver, or CuPy for an older CUDA ({error})"
+            raise DeviceNotInitializedError("backend cuda", rule) from error
+        raise DeviceNotFoundError("backend cuda", f"found no usable GPU ({error})") from error
     return count
 
 

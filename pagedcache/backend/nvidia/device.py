@@ -1,9 +1,9 @@
-"""A GPU: its limits, and how to compile and launch on it. Knows no operator."""
+"""A GPU: its limits, and how to compile and launch on it. Of operators it knows the names."""
 
 from __future__ import annotations
 
-import importlib
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from cupy.cuda import runtime
 
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.launch import Launch, launch_extended
+from pagedcache.backend.protocol import load_operator
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
     CompileError,
     DeviceArchitectureNotSupportedError,
-    NotSupportedError,
 )
 
 OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
@@ -82,8 +82,9 @@ class CudaDevice:
         self.limits = _query(index)
         _ = self.limits.thread_class  # refuses a device that is too small
         self.programmatic = self.limits.compute_capability >= (9, 0) and _can_be_programmatic()
-        # The modules are kept because the functions end with them.
-        self._compiled: dict[tuple[str, tuple[str, ...]], tuple[Any, list[int]]] = {}
+        # CuPy's functions, kept because what they point to is unloaded with the last of them.
+        self._compiled: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
+        self._compiling = threading.Lock()
 
     def describe(self) -> str:
         """Return the GPU's name, compute capability and size."""
@@ -98,10 +99,7 @@ class CudaDevice:
 
     def operator(self, name: str, info: Any) -> Any:
         """Return the implementation of an operator, compiled."""
-        if name not in OPERATORS:
-            raise NotSupportedError(f"operator {name!r}", "is not in the cuda backend")
-        module, _, attribute = OPERATORS[name].partition(":")
-        return getattr(importlib.import_module(f".{module}", __package__), attribute)(info, self)
+        return load_operator(__package__, OPERATORS, name)(info, self)
 
     def compile(self, file: str, expressions: tuple[str, ...]) -> list[int]:
         """Compile template instances of a source file, or load them from CuPy's cache on disk.
@@ -126,18 +124,19 @@ class CudaDevice:
             With the compiler's log.
         """
         key = (file, expressions)
-        if key not in self._compiled:
-            with cupy.cuda.Device(self.index):
-                module = cupy.RawModule(
-                    code=source.read(file), options=OPTIONS, name_expressions=expressions
-                )
-                try:
-                    functions = [module.get_function(name).kernel.ptr for name in expressions]
-                except cupy.cuda.compiler.CompileException as error:
-                    rule = f"does not compile for {self.describe()}:\n{error}"
-                    raise CompileError(file, rule) from error
-            self._compiled[key] = module, functions
-        return self._compiled[key][1]
+        with self._compiling:
+            if key not in self._compiled:
+                with cupy.cuda.Device(self.index):
+                    module = cupy.RawModule(
+                        code=source.read(file), options=OPTIONS, name_expressions=expressions
+                    )
+                    try:
+                        kernels = [module.get_function(name).kernel for name in expressions]
+                    except cupy.cuda.compiler.CompileException as error:
+                        rule = f"does not compile for {self.describe()}:\n{error}"
+                        raise CompileError(file, rule) from error
+                self._compiled[key] = kernels
+        return [kernel.ptr for kernel in self._compiled[key]]
 
     def current_stream(self) -> int:
         """Return the handle of CuPy's current stream on this device."""

@@ -98,7 +98,7 @@ class Launch:
                     with cupy.cuda.Device(device):
                         queue(blocks, stream)
             except driver.CUDADriverError as error:
-                if error.status != _NO_CONTEXT:
+                if error.status != _NO_CONTEXT or driver.ctxGetCurrent():
                     raise LaunchError("launch", f"on cuda:{device} failed: {error}") from error
                 _retry_with_context(device, queue, blocks, stream)
 

@@ -22,7 +22,8 @@ WIDTHS = (16, 8, 4, 2)
 TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
 # Threads in a block, for each class of device: of a write that does not fill the device, and of one
-# that does. The H200 (class 1024) was measured; the others follow from it.
+# that does. Class 1024 was measured, on an H200; every CUDA GPU so far is of that class, and the
+# numbers of the others are guesses.
 THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
 MOST = 2**31  # what struct Divisor divides exactly
 
