@@ -75,57 +75,78 @@ struct PagedCachingParameters {
   Rows v_rows;
 };
 
-// Grid: threads for at least `vectors`. Each copies one vector of K and the one of V at the same
-// place, so both share the look-up of the slot; consecutive threads copy consecutive vectors, so
-// neither a head nor a token leaves threads idle.
+// Vectors of K and of V that a thread copies. One of 16 bytes each keeps enough bytes under way;
+// narrower ones need company. PER_THREAD of the host must say the same.
+template <int kWidth>
+constexpr int kPerThread = kWidth == 16 ? 1 : 2;
+
+// Grid: enough threads for `vectors`. Each copies a vector of K and the one of V at the same place,
+// so both share the look-up of the slot; consecutive threads copy consecutive vectors, so neither a
+// head nor a token leaves threads idle.
 template <typename T, typename Slot, int kWidth>
 __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   static_assert(kWidth % sizeof(T) == 0, "a vector must hold whole elements");
   using V = typename Vector<kWidth>::type;
+  constexpr int n = kPerThread<kWidth>;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // The next kernel may be set up from now on, if it was launched programmatically; whatever it
   // reads, it waits for this one, as this one waits below.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
-  if (index >= p.vectors) return;
-  const unsigned int token = p.vectors_per_token.divide(index);
-  const unsigned int in_token = index - token * p.vectors_per_token.value;
-  const unsigned int head = p.vectors_per_head.divide(in_token);
-  const unsigned int in_head = in_token - head * p.vectors_per_head.value;
-  const long long in_row = static_cast<long long>(in_head) * kWidth;
-  const bool has_k = in_head < p.k_rows.vectors_per_head;
-  const bool has_v = in_head < p.v_rows.vectors_per_head;
-  const Slot* const slot_at = static_cast<const Slot*>(p.slot_mapping) + token;
-  const char* const k_at =
-      p.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + in_row;
-  const char* const v_at =
-      p.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + in_row;
-  char* const k_head = p.k_cache + head * p.k_rows.cache_head_stride + in_row;
-  char* const v_head = p.v_cache + head * p.v_rows.cache_head_stride + in_row;
+  const unsigned int first = blockIdx.x * (blockDim.x * n) + threadIdx.x;
+  if (first >= p.vectors) return;
+  bool has_k[n], has_v[n];
+  const Slot* slot_at[n];
+  const char *k_at[n], *v_at[n];
+  char *k_head[n], *v_head[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const unsigned int index = first + i * blockDim.x;
+    const bool inside = i == 0 || index < p.vectors;
+    const unsigned int token = p.vectors_per_token.divide(index);
+    const unsigned int in_token = index - token * p.vectors_per_token.value;
+    const unsigned int head = p.vectors_per_head.divide(in_token);
+    const unsigned int in_head = in_token - head * p.vectors_per_head.value;
+    const long long in_row = static_cast<long long>(in_head) * kWidth;
+    has_k[i] = inside && in_head < p.k_rows.vectors_per_head;
+    has_v[i] = inside && in_head < p.v_rows.vectors_per_head;
+    slot_at[i] = static_cast<const Slot*>(p.slot_mapping) + token;
+    k_at[i] =
+        p.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + in_row;
+    v_at[i] =
+        p.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + in_row;
+    k_head[i] = p.k_cache + head * p.k_rows.cache_head_stride + in_row;
+    v_head[i] = p.v_cache + head * p.v_rows.cache_head_stride + in_row;
+  }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
   // that one wrote may be read above, and all of it may be read below.
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  // All three loads are under way before the slot is needed.
-  const long long slot = *slot_at;
-  V k, v;
-  if (has_k) k = *reinterpret_cast<const V*>(k_at);
-  if (has_v) v = *reinterpret_cast<const V*>(v_at);
-
-  // As unsigned, padding (any negative slot) is past the end too.
-  if (static_cast<unsigned long long>(slot) >= p.num_slots) return;
-  const long long block = p.block_size.divide(static_cast<unsigned int>(slot));
-  if (has_k) {
-    *reinterpret_cast<V*>(k_head + slot * p.k_rows.cache_slot_stride +
-                          block * p.k_rows.cache_block_step) = k;
+  // All loads are under way before the first slot is needed.
+  long long slot[n];
+  V k[n], v[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    slot[i] = has_k[i] || has_v[i] ? *slot_at[i] : -1;
+    if (has_k[i]) k[i] = *reinterpret_cast<const V*>(k_at[i]);
+    if (has_v[i]) v[i] = *reinterpret_cast<const V*>(v_at[i]);
   }
-  if (has_v) {
-    *reinterpret_cast<V*>(v_head + slot * p.v_rows.cache_slot_stride +
-                          block * p.v_rows.cache_block_step) = v;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    // As unsigned, padding (any negative slot) is past the end too.
+    if (static_cast<unsigned long long>(slot[i]) >= p.num_slots) continue;
+    const long long block = p.block_size.divide(static_cast<unsigned int>(slot[i]));
+    if (has_k[i]) {
+      *reinterpret_cast<V*>(k_head[i] + slot[i] * p.k_rows.cache_slot_stride +
+                            block * p.k_rows.cache_block_step) = k[i];
+    }
+    if (has_v[i]) {
+      *reinterpret_cast<V*>(v_head[i] + slot[i] * p.v_rows.cache_slot_stride +
+                            block * p.v_rows.cache_block_step) = v[i];
+    }
   }
 }
 

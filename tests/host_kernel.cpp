@@ -62,3 +62,11 @@ extern "C" unsigned int divide(unsigned int dividend, unsigned long long first,
                                     static_cast<unsigned int>(first >> 32), second};
   return divisor.divide(dividend);
 }
+
+extern "C" int per_thread(int width) {
+  using namespace pagedcache;
+  return width == 16  ? kPerThread<16>
+         : width == 8 ? kPerThread<8>
+         : width == 4 ? kPerThread<4>
+                      : kPerThread<2>;
+}

@@ -76,6 +76,7 @@ class HostDevice:
 def library(tmp_path_factory):
     built = tmp_path_factory.mktemp("host_kernel") / "kernel.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas"]  # unroll
     flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
     program = [shutil.which("g++"), *flags, "-I", source.folder(), HERE / "host_kernel.cpp"]
     subprocess.run([*program, "-o", built], check=True)
@@ -132,6 +133,11 @@ def test_more_slots_than_the_kernel_counts_are_refused(library):
     with pytest.raises(NotImplementedError, match="at most 2147483648 slots") as caught:
         nvidia.PagedCaching(info, HostDevice(library))
     assert caught.value.status == pc.Status.NOT_IMPLEMENTED
+
+
+def test_host_and_kernel_agree_on_vectors_per_thread(library):
+    for width, vectors in nvidia.PER_THREAD.items():
+        assert library.per_thread(width) == vectors
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ SLOT_NAMES = {"int64": "long long", "int32": "int"}
 # that does. Class 1024 was measured, on an H200; every CUDA GPU so far is of that class, and the
 # numbers of the others are guesses.
 THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
+PER_THREAD = {16: 1, 8: 2, 4: 2, 2: 2}  # vectors, by width: kPerThread of the kernel
 MOST = 2**31  # what struct Divisor divides exactly
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
@@ -53,7 +54,7 @@ class PagedCaching:
         self._device = device
         self._current_stream = device.current_stream
         self._threads = THREADS[device.limits.thread_class]
-        self._few_vectors = device.limits.multiprocessors * self._threads[1]
+        few = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
         alignment = _alignment(info)
         widths = [width for width in WIDTHS if info.dtype.itemsize <= width <= alignment]
@@ -62,7 +63,7 @@ class PagedCaching:
         # Addresses are known only at each call, so a narrower instance may be needed for some.
         most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
-            width: _Kernel(info, width, function, most)
+            width: _Kernel(info, width, function, few, most)
             for width, function in zip(widths, functions, strict=True)
         }
         self._widest = self._kernels[widths[0]]
@@ -72,8 +73,9 @@ class PagedCaching:
         """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""
         kernel = self._widest
         vectors = min(num_tokens, kernel.most_tokens) * kernel.vectors_per_token
-        threads = self._threads[vectors > self._few_vectors]
-        return LaunchConfig((max(-(-vectors // threads), 1), 1, 1), (threads, 1, 1))
+        threads = self._threads[vectors > kernel.few_vectors]
+        blocks = -(-vectors // (threads * kernel.per_thread))
+        return LaunchConfig((max(blocks, 1), 1, 1), (threads, 1, 1))
 
     def calculate(
         self,
@@ -113,7 +115,7 @@ class PagedCaching:
         stream: int,
     ) -> None:
         vectors = num_tokens * kernel.vectors_per_token
-        large = vectors > self._few_vectors
+        large = vectors > kernel.few_vectors
         threads = self._threads[large]
         # Taking from and giving to a list is atomic, so no two threads hold one launch.
         launches = kernel.launches[large]
@@ -122,18 +124,22 @@ class PagedCaching:
         except IndexError:
             launch = self._device.prepare(kernel.function, threads, kernel.words)
         _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
-        launch.run(-(-vectors // threads), stream)
+        launch.run(-(-vectors // (threads * kernel.per_thread)), stream)
         launches.append(launch)
 
 
 class _Kernel:
     """One compiled instance with what stays the same from call to call."""
 
-    def __init__(self, info: PagedCachingInfo, width: int, function: int, most: int) -> None:
+    def __init__(
+        self, info: PagedCachingInfo, width: int, function: int, few: int, most: int
+    ) -> None:
         size = info.dtype.itemsize
         k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
         per_head = max(k_per_head, v_per_head)
         self.function = function
+        self.per_thread = PER_THREAD[width]
+        self.few_vectors = few * self.per_thread  # as many do not fill the device
         self.vectors_per_token = info.num_kv_heads * per_head
         self.most_tokens = most // self.vectors_per_token
         if not self.most_tokens:
