@@ -132,7 +132,7 @@ def _status_and_value(function: Callable[P, T]) -> Callable[P, tuple[Status, T |
 @_status_and_value
 def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
     """Open device `device_id` of an `InfiniDevice` type."""
-    if device_type not in set(InfiniDevice):
+    if not isinstance(device_type, int) or device_type not in set(InfiniDevice):
         raise DeviceTypeNotSupportedError("device_type", "must be an InfiniDevice", device_type)
     if not isinstance(device_id, int) or device_id < 0:
         raise BadParamError("device_id", "must be an int of 0 or more", repr(device_id))
@@ -154,14 +154,14 @@ def infiniopCreateTensorDescriptor(
     """Describe a tensor; strides are in elements, ``None`` for contiguous."""
     if shape is None:
         raise NullPointerError("shape", "must be given", "None")
-    if dtype not in _DTYPES:
-        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", dtype)
-    if len(shape) < ndim or (strides is not None and len(strides) < ndim):
-        raise BadTensorShapeError("shape and strides", f"must have ndim ({ndim}) entries", shape)
+    if not isinstance(dtype, int) or dtype not in _DTYPES:
+        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", repr(dtype))
+    if not isinstance(ndim, int) or ndim < 0:
+        raise BadParamError("ndim", "must be an int of 0 or more", repr(ndim))
     return TensorDescriptor(
         _DTYPES[InfiniDtype(dtype)],
-        [shape[axis] for axis in range(ndim)],
-        None if strides is None else [strides[axis] for axis in range(ndim)],
+        _entries("shape", shape, ndim),
+        None if strides is None else _entries("strides", strides, ndim),
     )
 
 
@@ -224,6 +224,14 @@ def infiniopPagedCaching(
 def infiniopDestroyPagedCachingDescriptor(desc: Descriptor | None) -> None:
     """Let go of a descriptor; its use after this is ``BAD_PARAM``."""
     _given("desc", desc, Descriptor).destroy()
+
+
+def _entries(name: str, values: Sequence[int], ndim: int) -> list[int]:
+    """Return the first `ndim` entries; C arrays may be longer."""
+    try:
+        return [values[axis] for axis in range(ndim)]
+    except (TypeError, LookupError) as error:
+        raise BadTensorShapeError(name, f"must have ndim ({ndim}) entries", repr(values)) from error
 
 
 def _given(name: str, value: object, kind: type[T]) -> T:

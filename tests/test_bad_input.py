@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import expected, same, simple_case
 from numpy.lib.stride_tricks import as_strided
 
@@ -408,6 +412,51 @@ def test_infiniop_never_raises():
     wanted = expected(case)
     assert infiniop.infiniopPagedCaching(descriptor, 0, 0, *case.addresses(), 0) == Status.SUCCESS
     same(case, wanted)
+
+
+JUNK = [
+    None, 0, 1, -1, 2**64, -(2**70), 1.5, "x", b"y", [], (), {}, object(), np.int64(3), True,
+    float("nan"), [1, 2], np.zeros(3), np.array(5), len, pc.TensorDescriptor("float16", (2,)),
+]  # fmt: skip
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.data())
+def test_junk_gets_a_status_or_an_error_of_ours(data):
+    junk = st.sampled_from(JUNK)
+    functions = [name for name in vars(infiniop) if name.startswith("infiniop")]
+    function = getattr(infiniop, data.draw(st.sampled_from(sorted(functions))))
+    arguments = [data.draw(junk) for _ in inspect.signature(function).parameters]
+    result = function(*arguments)
+    status = result[0] if isinstance(result, tuple) else result
+    assert isinstance(status, Status)
+    assert status != Status.INTERNAL_ERROR
+
+    _, arrays = good()
+    options = {name: data.draw(junk) for name in ("workspace", "workspace_size")}
+    position, value = data.draw(st.integers(0, 4)), data.draw(junk)
+    replaced = list(arrays.values())
+    replaced[position] = value
+    five = [data.draw(junk) for _ in range(5)]
+    with pc.Descriptor.create(*arrays.values()) as descriptor:
+        for call in (
+            lambda: pc.paged_caching(*five, layout=data.draw(junk)),
+            lambda: pc.paged_caching(*replaced),
+            lambda: pc.Descriptor.create(*replaced, handle=data.draw(junk)),
+            lambda: descriptor.launch_config(value),
+            lambda: pc.Handle(value),
+            lambda: pc.register_backend(value, value),
+            lambda: pc.TensorDescriptor(value, value, value, value),
+            lambda: pc.TensorDescriptor("float16", (2, 3), value),
+        ):
+            with contextlib.suppress(pc.PagedCacheError):
+                call()
+        if not isinstance(options["workspace"], int):  # which would be an address, and trusted
+            with contextlib.suppress(pc.PagedCacheError):
+                descriptor.calculate(*arrays.values(), **options)
+        if type(value) is not int:
+            with pytest.raises(pc.PagedCacheError):
+                descriptor.calculate(*replaced)
 
 
 def python(program, **environment):

@@ -194,7 +194,13 @@ class Descriptor:
         except Exception:
             looks = None
         # What looks as the arrays of the call before did has been checked then.
-        if looks != self._accepted or looks is None or workspace is not None or workspace_size:
+        if (
+            looks != self._accepted
+            or looks is None
+            or workspace is not None
+            or type(workspace_size) is not int
+            or workspace_size
+        ):
             arrays = (k_cache, v_cache, k, v, slot_mapping)
             self._check_and_write(arrays, looks, workspace, workspace_size, stream)
             return
@@ -237,6 +243,7 @@ class Descriptor:
             and k_cache > 0 < v_cache
             and k > 0 < v
             and slot_mapping > 0
+            and type(workspace_size) is int
             and workspace_size == 0 == self.workspace_size
             and self._opaque is not None
         ):
@@ -386,15 +393,13 @@ class Descriptor:
                 raise BadParamError(name, rule, hex(address))
 
     def _workspace(self, workspace: Any, size: int) -> int:
-        if workspace is None and size == 0 == self.workspace_size:
-            return 0
+        if not isinstance(size, (int, np.integer)):
+            raise BadParamTypeError("workspace_size", "must be an int", repr(size))
         if workspace is not None and type(workspace) is not int:
             tensor = adopt("workspace", workspace)
             if tensor.device != self.device:
                 raise _unlike(BadParamError, "workspace", f"device {self.device}", tensor.device)
             workspace = tensor.address
-        if not isinstance(size, (int, np.integer)):
-            raise BadParamTypeError("workspace_size", "must be an int", repr(size))
         if size < self.workspace_size:
             rule = f"must be at least {self.workspace_size} bytes"
             raise InsufficientWorkspaceError("workspace_size", rule, size)
