@@ -256,24 +256,6 @@ def test_kernels_outlive_cupys_memory_of_them(cupy):
     same(there, on_cpu(case))
 
 
-def test_first_descriptors_in_many_threads(cupy):
-    device = pc.Handle("cuda:0").opened()
-    device._compiled.clear()
-    several = [simple_case(dtype=dtype) for dtype in ("float16", "bfloat16", "float32") * 4]
-    theres = [case.on(cupy.asarray) for case in several]
-    cupy.cuda.Device().synchronize()
-
-    def write(there):
-        cupy.cuda.Device(0).use()
-        pc.paged_caching(*there.arrays())
-        cupy.cuda.get_current_stream().synchronize()
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(write, theres))
-    for case, there in zip(several, theres, strict=True):
-        same(there, on_cpu(case))
-
-
 def test_infiniop_on_device_addresses(cupy):
     case = simple_case(dtype="bfloat16", slots="int64")
     there = case.on(cupy.asarray)

@@ -82,6 +82,7 @@ class CudaDevice:
         self.limits = _query(index)
         _ = self.limits.thread_class  # refuses a device that is too small
         self.programmatic = self.limits.compute_capability >= (9, 0) and _can_be_programmatic()
+        # CuPy's functions, kept because what they point to is unloaded with the last of them.
         self._compiled: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
         self._compiling = threading.Lock()
 
@@ -100,7 +101,7 @@ class CudaDevice:
         """Return the implementation of an operator, compiled."""
         return load_operator(__package__, OPERATORS, name)(info, self)
 
-    def compile(self, file: str, expressions: tuple[str, ...]) -> list[Any]:
+    def compile(self, file: str, expressions: tuple[str, ...]) -> list[int]:
         """Compile template instances of a source file, or load them from CuPy's cache on disk.
 
         What this device was asked for once is found again at no cost.
@@ -114,8 +115,8 @@ class CudaDevice:
 
         Returns
         -------
-        list of cupy.cuda.Function
-            One for each. What they point to is unloaded with the last of them.
+        list of int
+            The CUfunction of each.
 
         Raises
         ------
@@ -135,7 +136,7 @@ class CudaDevice:
                         rule = f"does not compile for {self.describe()}:\n{error}"
                         raise CompileError(file, rule) from error
                 self._compiled[key] = kernels
-        return self._compiled[key]
+        return [kernel.ptr for kernel in self._compiled[key]]
 
     def current_stream(self) -> int:
         """Return the handle of CuPy's current stream on this device."""
@@ -158,7 +159,7 @@ class CudaDevice:
         rule = "must be None, a cupy.cuda.Stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
 
-    def prepare(self, function: Any, threads: int, words: Sequence[int]) -> Launch:
+    def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:
         """Return a `Launch` on this device of a function that `compile` returned."""
         return Launch(self.index, function, threads, words, programmatic=self.programmatic)
 

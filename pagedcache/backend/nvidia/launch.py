@@ -61,8 +61,8 @@ class Launch:
     ----------
     device : int
         Index of the function's device.
-    function : cupy.cuda.Function
-        Kept, because its code is unloaded with it.
+    function : int
+        CUfunction.
     threads : int
         In a block.
     words : sequence of int
@@ -81,13 +81,12 @@ class Launch:
     run: Callable[[int, int], None]
 
     def __init__(
-        self, device: int, function: Any, threads: int, words: Sequence[int], *, programmatic: bool
+        self, device: int, function: int, threads: int, words: Sequence[int], *, programmatic: bool
     ) -> None:
         self.words = (ctypes.c_uint64 * len(words))(*words)
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
-        self._function = function
         way = self._programmatic if programmatic else self._plain
-        queue = way(function.ptr, threads)
+        queue = way(function, threads)
         current_device = runtime.getDevice
         alone = runtime.getDeviceCount() == 1
 

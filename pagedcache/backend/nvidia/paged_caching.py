@@ -132,7 +132,7 @@ class _Kernel:
     """One compiled instance with what stays the same from call to call."""
 
     def __init__(
-        self, info: PagedCachingInfo, width: int, function: Any, few: int, most: int
+        self, info: PagedCachingInfo, width: int, function: int, few: int, most: int
     ) -> None:
         size = info.dtype.itemsize
         k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
