@@ -57,6 +57,14 @@ struct Rows {
   unsigned long long vectors_per_head;
 };
 
+// Slots past the end that were met since the host last cleared this. The host writes it as _EMPTY.
+struct InvalidSlots {
+  unsigned long long count;  // of tokens
+  unsigned long long lock;   // guards the two below
+  long long token;           // the lowest, and its slot; the largest long long while there is none
+  long long slot;
+};
+
 // The host packs this struct as 8-byte words: see pagedcache/backend/nvidia/paged_caching.py.
 struct PagedCachingParameters {
   // of this launch
@@ -66,7 +74,9 @@ struct PagedCachingParameters {
   const char* v;
   const void* slot_mapping;
   unsigned long long vectors;  // tokens x vectors per token, at most 2^31
+  long long first_token;       // number of this launch's first token in the call
   // of the descriptor
+  InvalidSlots* invalid;
   unsigned long long num_slots;  // at most 2^31
   Divisor block_size;
   Divisor vectors_per_token;
@@ -75,16 +85,63 @@ struct PagedCachingParameters {
   Rows v_rows;
 };
 
+// Reports the tokens of this thread's vectors whose slot is past the end. It may cost what it will,
+// but must cost a kernel nothing where slots are valid: so it is a call, and loads all again.
+template <typename Slot>
+__device__ __noinline__ void reportInvalid(const PagedCachingParameters& p, unsigned int first,
+                                           int vectors) {
+  for (int i = 0; i < vectors; ++i) {
+    const unsigned int index = first + i * blockDim.x;
+    const unsigned int in_launch = p.vectors_per_token.divide(index);
+    // One thread of each token reports it.
+    if (index >= p.vectors || index != in_launch * p.vectors_per_token.value) continue;
+    const long long slot = static_cast<const Slot*>(p.slot_mapping)[in_launch];
+    if (slot < static_cast<long long>(p.num_slots)) continue;
+    const long long token = p.first_token + in_launch;
+    atomicAdd(&p.invalid->count, 1ULL);
+    volatile long long* const lowest = &p.invalid->token;
+    // Few threads lower the lowest token, so a mapping that is wrong throughout does not queue
+    // here.
+    bool done = token >= *lowest;
+    while (!done) {
+      // Taken and freed in one turn of the loop: threads of one warp may wait for each other.
+      if (atomicCAS(&p.invalid->lock, 0ULL, 1ULL) == 0) {
+        __threadfence();
+        if (token < *lowest) {
+          *lowest = token;
+          *static_cast<volatile long long*>(&p.invalid->slot) = slot;
+        }
+        __threadfence();
+        atomicExch(&p.invalid->lock, 0ULL);
+        done = true;
+      }
+    }
+  }
+}
+
+// Keeps a value in registers. Compilers like to compute an address again where it is used, and here
+// that would be when the slot has come and the store could go.
+__device__ __forceinline__ void keep([[maybe_unused]] long long& value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(value));
+#endif
+}
+
 // Vectors of K and of V that a thread copies. One of 16 bytes each keeps enough bytes under way;
 // narrower ones need company. PER_THREAD of the host must say the same.
 template <int kWidth>
 constexpr int kPerThread = kWidth == 16 ? 1 : 2;
 
+// In a block; THREADS of the host has no more. So many that 2048 of them, as many as most devices
+// hold, must fit on a multiprocessor: 32 registers each.
+constexpr int kMostThreads = 512;
+
 // Grid: enough threads for `vectors`. Each copies a vector of K and the one of V at the same place,
 // so both share the look-up of the slot; consecutive threads copy consecutive vectors, so neither a
 // head nor a token leaves threads idle.
 template <typename T, typename Slot, int kWidth>
-__global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
+__global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
+    pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   static_assert(kWidth % sizeof(T) == 0, "a vector must hold whole elements");
   using V = typename Vector<kWidth>::type;
   constexpr int n = kPerThread<kWidth>;
@@ -99,7 +156,7 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   bool has_k[n], has_v[n];
   const Slot* slot_at[n];
   const char *k_at[n], *v_at[n];
-  char *k_head[n], *v_head[n];
+  long long k_to[n], v_to[n];  // in the cache, but for the slot; negative: nowhere
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const unsigned int index = first + i * blockDim.x;
@@ -116,8 +173,12 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
         p.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + in_row;
     v_at[i] =
         p.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + in_row;
-    k_head[i] = p.k_cache + head * p.k_rows.cache_head_stride + in_row;
-    v_head[i] = p.v_cache + head * p.v_rows.cache_head_stride + in_row;
+    k_to[i] = has_k[i] ? head * p.k_rows.cache_head_stride + in_row : -1;
+    v_to[i] = has_v[i] ? head * p.v_rows.cache_head_stride + in_row : -1;
+    if (n == 1) {  // with more there are no registers to spare
+      keep(k_to[i]);
+      keep(v_to[i]);
+    }
   }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -138,16 +199,24 @@ __global__ void pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   for (int i = 0; i < n; ++i) {
     // As unsigned, padding (any negative slot) is past the end too.
     if (static_cast<unsigned long long>(slot[i]) >= p.num_slots) continue;
-    const long long block = p.block_size.divide(static_cast<unsigned int>(slot[i]));
-    if (has_k[i]) {
-      *reinterpret_cast<V*>(k_head[i] + slot[i] * p.k_rows.cache_slot_stride +
+    long long block = p.block_size.divide(static_cast<unsigned int>(slot[i]));
+    keep(block);
+    if (k_to[i] >= 0) {
+      *reinterpret_cast<V*>(p.k_cache + k_to[i] + slot[i] * p.k_rows.cache_slot_stride +
                             block * p.k_rows.cache_block_step) = k[i];
     }
-    if (has_v[i]) {
-      *reinterpret_cast<V*>(v_head[i] + slot[i] * p.v_rows.cache_slot_stride +
+    if (v_to[i] >= 0) {
+      *reinterpret_cast<V*>(p.v_cache + v_to[i] + slot[i] * p.v_rows.cache_slot_stride +
                             block * p.v_rows.cache_block_step) = v[i];
     }
   }
+  bool past_end = false;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    keep(slot[i]);  // compared anew: a branch on the comparison above would split the copy in two
+    past_end |= slot[i] >= static_cast<long long>(p.num_slots);
+  }
+  if (past_end) reportInvalid<Slot>(p, first, n);
 }
 
 }  // namespace pagedcache

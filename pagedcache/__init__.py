@@ -17,19 +17,34 @@ from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
 from pagedcache.info import PagedCachingInfo
 from pagedcache.interface.descriptor import Descriptor, paged_caching
+from pagedcache.interface.explain import SlotExplanation
 from pagedcache.interface.handle import Handle
-from pagedcache.status import PagedCacheError, Status
+from pagedcache.status import (
+    CacheOverlapError,
+    DuplicateSlotError,
+    InvalidSlotError,
+    NonFiniteError,
+    PagedCacheError,
+    SourceOverlapError,
+    Status,
+)
 from pagedcache.tensors import TensorDescriptor
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendReport",
+    "CacheOverlapError",
     "Descriptor",
+    "DuplicateSlotError",
     "Handle",
+    "InvalidSlotError",
     "LaunchConfig",
+    "NonFiniteError",
     "PagedCacheError",
     "PagedCachingInfo",
+    "SlotExplanation",
+    "SourceOverlapError",
     "Status",
     "TensorDescriptor",
     "backends",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pagedcache.dtypes import BF16, F16, F32, I32, I64, Dtype
 from pagedcache.status import (
@@ -12,16 +11,38 @@ from pagedcache.status import (
     BadTensorShapeError,
     BadTensorStridesError,
 )
+from pagedcache.tensors import TensorDescriptor, overlaps_itself, view
 
-if TYPE_CHECKING:
-    from pagedcache.tensors import TensorDescriptor
-
+NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
 DTYPES = (F16, BF16, F32)
 SLOT_DTYPES = (I64, I32)
+_ANYWHERE = 1 << 20  # an address, where only differences count
 LAYOUTS = {
     "HND": ("num_blocks", "num_kv_heads", "block_size", "head_size"),
     "NHD": ("num_blocks", "block_size", "num_kv_heads", "head_size"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidSlots:
+    """What is known of slots at or past the end, of one call or of several.
+
+    Attributes
+    ----------
+    count : int
+        How many tokens had one.
+    token, slot : int
+        The lowest such token, and its slot in the earliest call where it had one.
+    """
+
+    count: int
+    token: int
+    slot: int
+
+    def joined(self, later: InvalidSlots) -> InvalidSlots:
+        """Return what is known of both."""
+        first = self if self.token <= later.token else later
+        return InvalidSlots(self.count + later.count, first.token, first.slot)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +98,24 @@ class PagedCachingInfo:
     def num_slots(self) -> int:
         """Capacity of the cache in tokens; slots run from 0 to ``num_slots - 1``."""
         return self.num_blocks * self.block_size
+
+    def tensor(self, name: str) -> TensorDescriptor:
+        """Return what argument `name` of a write of `num_tokens` tokens must look like.
+
+        Parameters
+        ----------
+        name : {"k_cache", "v_cache", "k", "v", "slot_mapping"}
+        """
+        if name == "slot_mapping":
+            return TensorDescriptor(self.slot_dtype, (self.num_tokens,))
+        head_size = self.head_size if name[0] == "k" else self.v_head_size
+        lengths = {"head": self.num_kv_heads, "slot": self.block_size, "block": self.num_blocks}
+        axes = ["block", "head", "slot"] if self.layout == "HND" else ["block", "slot", "head"]
+        if not name.endswith("_cache"):
+            lengths["token"], axes = self.num_tokens, ["token", "head"]
+        shape = (*(lengths[axis] for axis in axes), head_size)
+        strides = (*(getattr(self, f"{name}_{axis}_stride") for axis in axes), 1)
+        return TensorDescriptor(self.dtype, shape, strides)
 
     @classmethod
     def create(
@@ -138,9 +177,9 @@ class PagedCachingInfo:
             num_kv_heads=k_cache.shape[heads],
             head_size=k_cache.shape[3],
             v_head_size=v_cache.shape[3],
-            k_token_stride=_token_step(k),
+            k_token_stride=token_step(k.shape, k.strides),
             k_head_stride=_steps(k)[1],
-            v_token_stride=_token_step(v),
+            v_token_stride=token_step(v.shape, v.strides),
             v_head_stride=_steps(v)[1],
             k_cache_block_stride=k_steps[0],
             k_cache_head_stride=k_steps[heads],
@@ -157,13 +196,21 @@ def _steps(tensor: TensorDescriptor) -> tuple[int, ...]:
     )
 
 
-def _token_step(tensor: TensorDescriptor) -> int:
-    """Return the step from row to row, also where there is one row now and more in later calls."""
-    rows, heads, size = tensor.shape
-    one_row = (heads - 1) * tensor.strides[1] + size
-    if rows > 1 or tensor.strides[0] >= one_row:
-        return tensor.strides[0]
-    return heads * size  # a step that is never taken, such as that of x[None]
+def token_step(shape: tuple[int, ...], strides: tuple[int, ...], unit: int = 1) -> int:
+    """Return the step from row to row of K or V, also where there is one row now and more later.
+
+    Parameters
+    ----------
+    shape, strides : tuple of int
+        Of three axes.
+    unit : int
+        What the strides count an element as: 1, or its size in bytes.
+    """
+    rows, heads, size = shape
+    one_row = (heads - 1) * strides[1] + size * unit
+    if rows > 1 or strides[0] >= one_row:
+        return strides[0]
+    return heads * size * unit  # a step that is never taken, such as that of x[None]
 
 
 def _check_dtypes(tensors: dict[str, TensorDescriptor]) -> None:
@@ -221,8 +268,10 @@ def _check_strides(tensors: dict[str, TensorDescriptor]) -> None:
         if any(step < 0 for step in steps):
             rule = "must not have negative strides"
             raise BadTensorStridesError(name, rule, f"strides {tensor.strides} (elements)")
-        if name.endswith("_cache") and any(
-            step == 0 and length > 1 for length, step in zip(tensor.shape, steps, strict=True)
+        size = tensor.dtype.itemsize
+        in_bytes = tuple(step * size for step in steps)
+        if name.endswith("_cache") and overlaps_itself(
+            view(_ANYWHERE, tensor.dtype, tensor.shape, in_bytes)
         ):
-            rule = "must not have stride 0: two slots would share their bytes"
+            rule = "must not overlap itself: two of its elements would share their bytes"
             raise BadTensorStridesError(name, rule, f"strides {tensor.strides} (elements)")

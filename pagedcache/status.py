@@ -10,7 +10,12 @@ type that a Python user would expect::
     |-- NotSupportedError (NotImplementedError)             NOT_IMPLEMENTED
     |-- BadParamError (ValueError)                          BAD_PARAM
     |   |-- BadParamTypeError (TypeError)                   BAD_PARAM
-    |   `-- DestroyedError (RuntimeError)                   BAD_PARAM
+    |   |-- DestroyedError (RuntimeError)                   BAD_PARAM
+    |   |-- InvalidSlotError (IndexError)                   BAD_PARAM
+    |   |-- DuplicateSlotError                              BAD_PARAM
+    |   |-- NonFiniteError                                  BAD_PARAM
+    |   |-- CacheOverlapError                               BAD_PARAM
+    |   `-- SourceOverlapError                              BAD_PARAM
     |-- NullPointerError (TypeError, ValueError)            NULL_POINTER
     |-- DeviceTypeNotSupportedError (ValueError)            DEVICE_TYPE_NOT_SUPPORTED
     |-- DeviceNotFoundError (RuntimeError, ValueError)      DEVICE_NOT_FOUND
@@ -26,6 +31,7 @@ type that a Python user would expect::
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 
 class Status(IntEnum):
@@ -105,6 +111,50 @@ class BadParamTypeError(BadParamError, TypeError):
 
 class DestroyedError(BadParamError, RuntimeError):
     """A handle or descriptor was used after ``destroy``."""
+
+
+class InvalidSlotError(BadParamError, IndexError):
+    """Slots at or past the end of the cache; the valid tokens have been written.
+
+    Attributes
+    ----------
+    token : int
+        The lowest token whose slot is invalid.
+    slot : int
+        Its slot.
+    count : int
+        How many tokens have an invalid slot.
+    capacity : int
+        Number of slots of the cache.
+    """
+
+    def __init__(self, token: int, slot: int, count: int, capacity: int) -> None:
+        rule = (
+            f"must have slots below the capacity of the cache, {capacity}, or negative ones for "
+            f"padding; {count} of its tokens {'has' if count == 1 else 'have'} not, the first is "
+            f"token {token}"
+        )
+        super().__init__("slot_mapping", rule, f"slot {slot}")
+        self.token, self.slot, self.count, self.capacity = token, slot, count, capacity
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.token, self.slot, self.count, self.capacity)
+
+
+class DuplicateSlotError(BadParamError):
+    """Two tokens of one call have the same slot, so which of them stays is not defined."""
+
+
+class NonFiniteError(BadParamError):
+    """K or V holds a NaN or an infinity."""
+
+
+class CacheOverlapError(BadParamError):
+    """The K cache and the V cache share memory."""
+
+
+class SourceOverlapError(BadParamError):
+    """K, V or the slot mapping shares memory with a cache."""
 
 
 class NullPointerError(PagedCacheError, TypeError, ValueError):

@@ -23,7 +23,10 @@ from pagedcache.status import (
     NullPointerError,
 )
 
+Array = np.ndarray[Any, Any]
+
 _FAR = 2**48  # elements; with less than this no offset in bytes leaves 64 bits
+_MOST_WORK = 10_000  # of NumPy's exact search for a shared byte: some milliseconds
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -143,6 +146,47 @@ def adopt(subject: str, array: object) -> Tensor:
     """
     reader = readers.get(type(array)) or _find_reader(subject, array)
     return reader.read(array)
+
+
+def view(address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """Return the memory at `address` as an array; strides are in bytes.
+
+    Nothing is read, so the memory may also be one that only another device can.
+    """
+    return np.asarray(_Memory(address, dtype, shape, strides))
+
+
+def overlap(one: Array, other: Array) -> bool:
+    """Tell whether two views share a byte. Views too intricate to tell share none."""
+    try:
+        return np.shares_memory(one, other, max_work=_MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return False
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Tell whether two elements of a view share a byte. One too intricate to tell has none."""
+    # Two elements differ first on some axis: there, one is at 0 and the other at 1 or more.
+    for axis in range(array.ndim):
+        rest = array[(0,) * axis]
+        if overlap(rest[:1], rest[1:]):
+            return True
+    return False
+
+
+class _Memory:
+    """Memory that somebody else owns, in the form that NumPy reads without a copy."""
+
+    def __init__(
+        self, address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "typestr": dtype.str,
+            "shape": shape,
+            "strides": strides,
+        }
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
+import host_device
 import pytest
 
 import pagedcache as pc
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The kernel source compiled for the host."""
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ here")
+    return host_device.build(tmp_path_factory.mktemp("host_kernel"))
 
 
 def pytest_collection_modifyitems(items):

@@ -13,9 +13,25 @@ struct Dimension {
 };
 static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
 
+// Threads of the host may share a report, so these are as atomic as those of CUDA.
+static unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
+static unsigned long long atomicExch(unsigned long long* at, unsigned long long value) {
+  return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);
+}
+static unsigned long long atomicCAS(unsigned long long* at, unsigned long long old,
+                                    unsigned long long value) {
+  __atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return old;
+}
+static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 #include "paged_caching.cuh"

@@ -13,6 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import pagedcache as pc
+from pagedcache.info import InvalidSlots
 
 GUARD = 64  # bytes before and behind each tensor
 
@@ -149,6 +150,14 @@ def expected(case):
                 target = cache[block, :, offset] if case.layout == "HND" else cache[block, offset]
                 target.view(bits)[...] = rows[token].view(bits)
     return done.buffers
+
+
+def invalid_slots(case):
+    """Return what must be reported of the slots past the end; ``None`` if there are none."""
+    k_cache, *_, slots = case.arrays()
+    capacity = k_cache.shape[0] * k_cache.shape[2 if case.layout == "HND" else 1]
+    bad = [(token, slot) for token, slot in enumerate(slots.tolist()) if slot >= capacity]
+    return InvalidSlots(len(bad), *bad[0]) if bad else None
 
 
 def same(case, buffers):

@@ -159,3 +159,20 @@ def test_infiniop_on_addresses():
     assert infiniop.infiniopDestroyHandle(handle) == Status.SUCCESS
     again = infiniop.infiniopPagedCaching(descriptor, None, 0, *case.addresses(), None)
     assert again == Status.BAD_PARAM
+
+
+def test_one_row_and_then_one_that_stands_for_many(monkeypatch):
+    """Both look alike but for the number of rows; a descriptor for one does not serve the other."""
+    from pagedcache.interface import descriptor
+
+    monkeypatch.setattr(descriptor, "_descriptors", {})
+    monkeypatch.setattr(descriptor, "_latest", (None,) * 4)
+    k_cache, v_cache = np.zeros((2, 3, 1, 2, 4), np.float16)
+    row = np.ones((1, 1, 4), np.float16)
+    pc.paged_caching(k_cache, v_cache, np.broadcast_to(row, (1, 1, 4)), row, np.array([1]))
+    many = np.lib.stride_tricks.as_strided(row, (3, 1, 4), (0, 8, 2))
+    one = np.lib.stride_tricks.as_strided(row, (1, 1, 4), (0, 8, 2))
+    for rows, slots in ((one, [0]), (many, [5, 2, 3]), (one, [4]), (row, [1])):
+        pc.paged_caching(k_cache, v_cache, rows, rows, np.array(slots))
+    assert (k_cache == 1).all()
+    assert (v_cache == 1).all()

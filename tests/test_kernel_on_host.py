@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,101 +11,34 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from host_device import HostDevice, descriptor_on, info_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import cases, expected, same, simple_case
+from layouts import cases, expected, invalid_slots, same, simple_case
 
 import pagedcache as pc
 from pagedcache.backend.nvidia import paged_caching as nvidia
-from pagedcache.backend.nvidia import source
-
-HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
 
-@dataclasses.dataclass
-class FakeLimits:
-    thread_class: int = 1024
-    max_grid_x: int = 2**31 - 1
-    multiprocessors: int = 4
+# Under sanitizers, where a wrong access would show, more of them.
+EXAMPLES = 3000 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") else 1000
 
 
-class HostDevice:
-    """Stands where a CudaDevice stands, and runs each launch on the calling thread."""
-
-    name = "cpu"
-
-    def __init__(self, library, **limits):
-        self.shim = library
-        self.limits = FakeLimits(**limits)
-        self.launches = []
-
-    def compile(self, file, expressions):
-        assert file == "paged_caching.cuh"
-        return [self.parse(expression) for expression in expressions]
-
-    @staticmethod
-    def parse(expression):
-        match = re.fullmatch(
-            r"pagedcache::pagedCaching<pagedcache::(B?F\d\d), (int|long long), (\d+)>", expression
-        )
-        dtype = ("F16", "BF16", "F32").index(match[1])
-        return dtype, 4 if match[2] == "int" else 8, int(match[3])
-
-    def stream(self, stream):
-        return 0
-
-    def prepare(self, function, threads, words):
-        words = (ctypes.c_uint64 * len(words))(*words)
-        assert ctypes.sizeof(words) == self.shim.parameters_size()
-
-        def run(blocks, stream):
-            self.launches.append((function, blocks, threads))
-            assert self.shim.run(*function, blocks, threads, words) == 0
-
-        return SimpleNamespace(words=words, run=run)
-
-    def current_stream(self):
-        return 0
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    built = tmp_path_factory.mktemp("host_kernel") / "kernel.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas"]  # unroll
-    flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
-    program = [shutil.which("g++"), *flags, "-I", source.folder(), HERE / "host_kernel.cpp"]
-    subprocess.run([*program, "-o", built], check=True)
-    library = ctypes.CDLL(str(built))
-    library.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint] * 2 + [ctypes.c_void_p]
-    library.parameters_size.restype = ctypes.c_size_t
-    library.divide.restype = ctypes.c_uint32
-    library.divide.argtypes = [ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
-    return library
-
-
-def descriptor_on(device, case):
-    arrays = [tensor_descriptor(case, name) for name in
-              ("k_cache", "v_cache", "k", "v", "slot_mapping")]  # fmt: skip
-    info = pc.PagedCachingInfo.create(*arrays, layout=case.layout)
-    return pc.Descriptor(info, "cpu", nvidia.PagedCaching(info, device))
-
-
-def tensor_descriptor(case, name):
-    dtype, _, shape, strides = case.recipe[name]
-    return pc.TensorDescriptor(dtype, shape, strides)
-
-
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(cases(), st.sampled_from([512, 1024, 4096]), st.sampled_from([8, 20, 2**31 - 1]))
 def test_kernel_writes_what_the_definition_says(library, case, thread_class, max_grid_x):
     device = HostDevice(library, thread_class=thread_class, max_grid_x=max_grid_x)
-    wanted = expected(case)
-    with descriptor_on(device, case) as descriptor:
-        descriptor.calculate(*case.arrays())
-    same(case, wanted)
+    wanted, invalid, by_cpu = expected(case), invalid_slots(case), case.copy()
+    for descriptor, mine in (
+        (descriptor_on(device, case), case),
+        (pc.Descriptor.create(*by_cpu.arrays(), layout=case.layout), by_cpu),
+    ):
+        descriptor.calculate(*mine.arrays())
+        same(mine, wanted)
+        assert descriptor._opaque.invalid_slots(None) == invalid
+        assert descriptor._opaque.invalid_slots(None) is None
     for _, blocks, _ in device.launches:
         assert 1 <= blocks <= max_grid_x
 
@@ -160,7 +91,7 @@ def test_widest_access_that_alignment_allows(library, dtype, k_size, v_size, shi
     case = simple_case(k_size=k_size, v_size=v_size, dtype=dtype)
     device = HostDevice(library)
     with descriptor_on(device, case) as descriptor:
-        addresses = dict(zip(case.views, (2**20,) * 5, strict=True))
+        addresses = dict(zip(case.views, range(2**20, 6 * 2**20, 2**20), strict=True))
         addresses["k"] += shift
         device.shim = SimpleNamespace(run=lambda *_: 0, parameters_size=library.parameters_size)
         descriptor.calculate(*addresses.values())
@@ -238,10 +169,7 @@ def test_out_of_bounds_on_purpose(library):
         pytest.skip("writes past the end of a cache; only the test above runs it")
     case = simple_case(tokens=3, heads=1, k_size=8, v_size=8, blocks=2, block_size=1)
     case.views["slot_mapping"][...] = 0
-    info = pc.PagedCachingInfo.create(
-        *(tensor_descriptor(case, name) for name in
-          ("k_cache", "v_cache", "k", "v", "slot_mapping"))
-    )  # fmt: skip
+    info = info_of(case)
     larger = dataclasses.replace(info, num_blocks=10)
     case.views["slot_mapping"][...] = 6  # just behind the guard
     write = nvidia.PagedCaching(larger, HostDevice(library))

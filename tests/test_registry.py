@@ -171,7 +171,7 @@ def test_one_call_finds_its_descriptor_again(monkeypatch):
     from pagedcache.interface import descriptor as room
 
     monkeypatch.setattr(room, "_descriptors", {})
-    monkeypatch.setattr(room, "_latest", (None, None, None))
+    monkeypatch.setattr(room, "_latest", (None,) * 4)
     made = []
     create = pc.Descriptor.create.__func__
     monkeypatch.setattr(

@@ -44,7 +44,7 @@ def test_the_one_call_form_tells_libraries_apart(monkeypatch):
     import pagedcache as pc
     from pagedcache.interface import descriptor
 
-    monkeypatch.setattr(descriptor, "_latest", (None, None, None))
+    monkeypatch.setattr(descriptor, "_latest", (None,) * 4)
     fake = FakeCupy(1)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(tensors, "readers", dict(tensors.readers))

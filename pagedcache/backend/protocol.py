@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pagedcache.status import NotSupportedError
+
+if TYPE_CHECKING:
+    from pagedcache.tensors import Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,27 @@ class Device(Protocol):
 
     def limits_table(self) -> list[tuple[str, str]]:
         """Return what the device says of itself, as rows of a table."""
+
+    def stream(self, stream: Any) -> int:
+        """Return the handle of a stream; ``None`` is the array library's current one.
+
+        Raises
+        ------
+        BadParamError
+            It is no stream, or one of another device.
+        """
+
+    def capturing(self, stream: int) -> bool:
+        """Tell whether what is queued on a stream is captured into a graph instead of run."""
+
+    def read(self, address: int, size: int, stream: int) -> Array:
+        """Return a copy of `size` bytes of the device, once all that is queued on `stream` is done.
+
+        Raises
+        ------
+        LaunchError
+            Something that was queued before failed.
+        """
 
     def operator(self, name: str, info: Any) -> Any:
         """Return the implementation of operator `name` for `info`.

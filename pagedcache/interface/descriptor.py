@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pagedcache.info import PagedCachingInfo
+from pagedcache.info import NAMES, PagedCachingInfo, token_step
+from pagedcache.interface import checks
+from pagedcache.interface.explain import SlotExplanation, as_html
 from pagedcache.interface.handle import Handle, parse_device
 from pagedcache.status import (
     BadParamError,
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from pagedcache.backend.protocol import LaunchConfig
     from pagedcache.dtypes import Dtype
 
-NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
+ON_INVALID = ("skip", "raise")
 
 
 class _Expected(NamedTuple):
@@ -52,7 +57,10 @@ class Descriptor:
 
     Notes
     -----
-    A descriptor may be shared by threads. It holds no reference to the arrays it was made from.
+    A descriptor may be shared by threads, also while they write on streams of their own. It holds
+    no reference to the arrays it was made from. On CUDA it does not survive a ``fork``: in a
+    process that is forked after CUDA was used, all use of CUDA is refused with an error that says
+    so.
     """
 
     def __init__(self, info: PagedCachingInfo, device: str, opaque: Any) -> None:
@@ -60,10 +68,12 @@ class Descriptor:
         self.device = device
         self.workspace_size: int = opaque.workspace_size
         self._opaque = opaque
-        self._expected = _expectations(info)
+        self._expected = tuple(_expectation(info, name) for name in NAMES)
         self._item_mask = info.dtype.itemsize - 1
         self._slot_mask = info.slot_dtype.itemsize - 1
         self._accepted: Any = None
+        self._spans = tuple(_span(expected) for expected in self._expected[:2])
+        self._apart: int | None = None  # bytes from K cache to V cache, when last looked at
 
     @classmethod
     def create(
@@ -76,6 +86,8 @@ class Descriptor:
         *,
         layout: str = "HND",
         handle: Handle | None = None,
+        on_invalid: str = "skip",
+        debug: bool | None = None,
     ) -> Descriptor:
         """Check the five tensors, pick the backend, and compile.
 
@@ -85,8 +97,8 @@ class Descriptor:
             ``[num_blocks, num_kv_heads, block_size, head_size]`` for layout ``"HND"``,
             ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16
             or float32. Strides are free and may differ between the two, but the last axis must
-            have stride 1. No two elements may share memory, in one cache or between the two; only
-            a stride of 0 is found out here. V may have a head size of its own.
+            have stride 1. No two elements may share memory, in one cache or, where both are
+            arrays, between the two. V may have a head size of its own.
         k, v : array or TensorDescriptor
             ``[num_tokens or more, num_kv_heads, head_size]``, of the same dtype; any strides of 0
             or more, the last axis 1.
@@ -95,6 +107,17 @@ class Descriptor:
         layout : {"HND", "NHD"}
         handle : Handle, optional
             The device to run on. Not given: the one that the arrays are on.
+        on_invalid : {"skip", "raise"}
+            What to do about slots at or past the end, which are never written. ``"skip"``: count
+            them, for `check` to tell; it costs nothing. ``"raise"``: `calculate` waits for the
+            write and raises `InvalidSlotError`, the valid tokens having been written.
+        debug : bool, optional
+            Whether each `calculate` first waits for the stream, copies slots, K and V to the host,
+            and raises, with nothing written, for two tokens with one slot (`DuplicateSlotError`), a
+            NaN or an infinity in a row that would be written (`NonFiniteError`), and K, V or slots
+            that share memory with a cache (`SourceOverlapError`) or caches that share it
+            (`CacheOverlapError`). Slow. Not given: if the environment variable
+            ``PAGEDCACHE_DEBUG`` is 1.
 
         Returns
         -------
@@ -114,6 +137,13 @@ class Descriptor:
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         described = [_describe(name, array) for name, array in zip(NAMES, arrays, strict=True)]
         info = PagedCachingInfo.create(*described, layout=layout)
+        if not isinstance(on_invalid, str) or on_invalid not in ON_INVALID:
+            rule = f"must be one of {', '.join(ON_INVALID)}"
+            raise BadParamError("on_invalid", rule, repr(on_invalid))
+        if debug is None:
+            debug = os.environ.get("PAGEDCACHE_DEBUG") == "1"
+        if not isinstance(debug, bool):
+            raise BadParamTypeError("debug", "must be True, False or None", repr(debug))
         if handle is not None and not isinstance(handle, Handle):
             raise BadParamTypeError("handle", "must be a pagedcache.Handle", repr(handle))
         place = _common_device(described)
@@ -122,8 +152,17 @@ class Descriptor:
         elif place is not None and not _same_device(place, handle.device):
             rule = f"must be the device of the arrays, {place}"
             raise BadParamError("handle", rule, handle.device)
+        if not any(isinstance(cache, TensorDescriptor) for cache in (k_cache, v_cache)):
+            caches = (adopt("k_cache", k_cache), adopt("v_cache", v_cache))
+            checks.refuse_overlap(info, *(cache.address for cache in caches))
         device = handle.opened()
-        return cls(info, device.name, device.operator("paged_caching", info))
+        make = functools.partial(device.operator, "paged_caching", info)
+        raising = on_invalid == "raise"
+        if raising or debug:
+            return cls(
+                info, device.name, checks.Checked(make, device, info, raising=raising, debug=debug)
+            )
+        return cls(info, device.name, make())
 
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch that `calculate` would make for `num_tokens` tokens.
@@ -139,6 +178,58 @@ class Descriptor:
             raise BadParamError("num_tokens", "must be an int of 0 or more", repr(num_tokens))
         config: LaunchConfig = self._alive().launch_config(int(num_tokens))
         return config
+
+    def check(self) -> None:
+        """Raise if a slot was at or past the end in the writes since the last check.
+
+        For descriptors with ``on_invalid="skip"``. Waits for everything that is queued on the
+        device, and clears what it tells. Writes that are captured into a CUDA graph report at each
+        replay. Slots that other threads' writes meet while this runs may be told now, later or not.
+
+        Raises
+        ------
+        InvalidSlotError
+            With the lowest token whose slot was invalid, that slot in the earliest call, the number
+            of such tokens in all calls, and the capacity.
+        LaunchError
+            Something that was queued on the device failed.
+        DestroyedError
+            After `destroy`.
+        """
+        if found := self._alive().invalid_slots(None):
+            raise checks.invalid(found, self.info)
+
+    def explain(self, slot_or_token: int, slot_mapping: Any = None) -> SlotExplanation:
+        """Tell where a token goes: block, offset, and bytes in each cache. Made to be looked at.
+
+        Parameters
+        ----------
+        slot_or_token : int
+            A slot; if `slot_mapping` is given, the index of a token in it.
+        slot_mapping : array, optional
+            Of ints, on any device; it is read, so on a GPU this waits for it.
+
+        Returns
+        -------
+        SlotExplanation
+
+        Raises
+        ------
+        BadParamError
+            `slot_or_token` is no int, or no token of `slot_mapping`.
+        """
+        try:
+            slot, token = operator.index(slot_or_token), None
+        except TypeError:
+            rule = "must be an int"
+            raise BadParamTypeError("slot_or_token", rule, repr(slot_or_token)) from None
+        if slot_mapping is not None:
+            count = len(slot_mapping)
+            if not 0 <= slot < count:
+                rule = f"must be one of the {count} tokens of slot_mapping"
+                raise BadParamError("slot_or_token", rule, slot)
+            slot, token = int(slot_mapping[slot]), slot
+        return SlotExplanation.of(self.info, slot, token)
 
     def calculate(
         self,
@@ -156,8 +247,8 @@ class Descriptor:
 
         Token ``t`` goes to block ``slot_mapping[t] // block_size``, offset
         ``slot_mapping[t] % block_size``. A negative slot is padding and is skipped; a slot at or
-        past ``info.num_slots`` is never written. If two tokens have one slot, which of them stays
-        is not defined.
+        past ``info.num_slots`` is never written, and reported as `create` was told to. If two
+        tokens have one slot, which of them stays is not defined.
 
         Parameters
         ----------
@@ -178,13 +269,16 @@ class Descriptor:
         Raises
         ------
         PagedCacheError
-            Before anything is launched and with nothing written, but for a `LaunchError`.
+            Before anything is launched and with nothing written, but for a `LaunchError` and, with
+            ``on_invalid="raise"``, an `InvalidSlotError`.
 
         Notes
         -----
         On CUDA the write is queued on the stream and this returns at once: nothing is allocated on
-        the device, synchronised or compiled. Inputs made on another stream must be ordered before
-        this one by the caller. On the CPU the write is done when this returns.
+        the device, synchronised or compiled (but see `create` for ``on_invalid="raise"`` and
+        `debug`, which wait for the stream and cannot be captured). Inputs made on another stream
+        must be ordered before this one by the caller. On the CPU the write is done when this
+        returns. Any number of threads may call this at once; writes to the same slots race.
         """
         try:
             look, address, _ = readers[type(k_cache)]
@@ -207,6 +301,8 @@ class Descriptor:
         # What `_write` does, without another call: this is the hot path.
         if (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask or slots_at & self._slot_mask:
             self._refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
+        if v_cache_at - k_cache_at != self._apart:
+            self._refuse_overlap(k_cache_at, v_cache_at)
         if tokens := looks[4][0][0]:
             opaque = self._opaque or self._alive()
             opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
@@ -276,6 +372,8 @@ class Descriptor:
         bits = k_cache | v_cache | k | v
         if bits & self._item_mask or slot_mapping & self._slot_mask or (bits | slot_mapping) >> 63:
             self._refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
+        if v_cache - k_cache != self._apart:
+            self._refuse_overlap(k_cache, v_cache)
         if num_tokens:
             self._alive().calculate(
                 k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream
@@ -325,6 +423,28 @@ class Descriptor:
             f"<pagedcache.Descriptor {info.layout} {info.dtype} on {self.device}: {heads} heads, "
             f"{info.num_blocks} blocks of {info.block_size}, {info.slot_dtype} slots{state}>"
         )
+
+    def _repr_html_(self) -> str:
+        info = self.info
+        rows = [
+            ("layout", f"{info.layout}, {info.dtype}, {info.slot_dtype} slots"),
+            ("device", self.device),
+            ("capacity", f"{info.num_blocks} blocks of {info.block_size} = {info.num_slots} slots"),
+            ("KV heads", str(info.num_kv_heads)),
+            ("head size", f"{info.head_size} of K, {info.v_head_size} of V"),
+            *((f"strides of {name}", str(info.tensor(name).strides)) for name in NAMES[:4]),
+        ]
+        if self._opaque is None:
+            rows.append(("state", "destroyed"))
+        else:
+            config = self._opaque.launch_config(info.num_tokens)
+            rows.append(
+                (
+                    f"launch for {info.num_tokens} tokens",
+                    f"grid {config.grid}, block {config.block}",
+                )
+            )
+        return as_html(rows)
 
     def _alive(self) -> Any:
         if self._opaque is None:
@@ -392,6 +512,13 @@ class Descriptor:
                 rule = f"must start at a multiple of its item size ({size} bytes)"
                 raise BadParamError(name, rule, hex(address))
 
+    def _refuse_overlap(self, k_cache: int, v_cache: int) -> None:
+        """Refuse caches that share memory; whether they do depends on their distance alone."""
+        distance = v_cache - k_cache
+        if not (distance >= self._spans[0] or -distance >= self._spans[1]):
+            checks.refuse_overlap(self.info, k_cache, v_cache)
+        self._apart = distance
+
     def _workspace(self, workspace: Any, size: int) -> int:
         if not isinstance(size, (int, np.integer)):
             raise BadParamTypeError("workspace_size", "must be an int", repr(size))
@@ -417,6 +544,7 @@ def paged_caching(
     *,
     layout: str = "HND",
     stream: Any = None,
+    on_invalid: str = "skip",
 ) -> None:
     """Write the K and V of each token to its slot, in one call.
 
@@ -430,15 +558,20 @@ def paged_caching(
     layout : {"HND", "NHD"}
     stream : optional
         See `Descriptor.calculate`, also for what is and is not synchronised.
+    on_invalid : {"skip", "raise"}
+        See `Descriptor.create`. What is skipped is told to nobody here.
 
     Raises
     ------
     PagedCacheError
-        Before anything is launched and with nothing written, but for a `LaunchError`.
+        Before anything is launched and with nothing written, but for a `LaunchError` and, with
+        ``on_invalid="raise"``, an `InvalidSlotError`.
 
     Notes
     -----
-    A first call for new shapes compiles, as `Descriptor.create` does: make it before a capture.
+    A first call for new shapes compiles, as `Descriptor.create` does: make it before a capture. Any
+    number of threads may call this at once. The environment variable ``PAGEDCACHE_DEBUG`` counts
+    when the descriptor is made, which is kept until 256 others were needed.
 
     Examples
     --------
@@ -458,12 +591,18 @@ def paged_caching(
         k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
     except Exception:
         looks = None
-    latest_layout, latest_looks, descriptor = _latest  # read once: threads may replace it
-    if looks is None or looks != latest_looks or layout != latest_layout:
+    # Read once: threads may replace it.
+    latest_layout, latest_on_invalid, latest_looks, descriptor = _latest
+    if (
+        looks is None
+        or looks != latest_looks
+        or layout != latest_layout
+        or on_invalid != latest_on_invalid
+    ):
         arrays = (k_cache, v_cache, k, v, slot_mapping)
-        descriptor = _find_descriptor(arrays, layout)
+        descriptor = _find_descriptor(arrays, layout, on_invalid)
         descriptor.calculate(*arrays, stream=stream)
-        _latest = layout, looks, descriptor
+        _latest = layout, on_invalid, looks, descriptor
         return
     tokens = looks[4][0][0]
     descriptor._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
@@ -471,18 +610,19 @@ def paged_caching(
 
 _MOST_DESCRIPTORS = 256
 _descriptors: dict[Any, Descriptor] = {}
-# The layout of the latest call, what its arrays looked like, and the descriptor that served it.
-_latest: tuple[Any, Any, Any] = (None, None, None)
+# Options of the latest call, what its arrays looked like, and the descriptor that served it.
+_latest: tuple[Any, Any, Any, Any] = (None, None, None, None)
 
 
-def _find_descriptor(arrays: tuple[Any, ...], layout: str) -> Descriptor:
+def _find_descriptor(arrays: tuple[Any, ...], layout: str, on_invalid: str) -> Descriptor:
     tensors = [adopt(name, array) for name, array in zip(NAMES, arrays, strict=True)]
-    if not isinstance(layout, str):
-        return Descriptor.create(*arrays, layout=layout)  # which refuses it
-    key = (layout, *(_signature(tensor) for tensor in tensors))
+    create = functools.partial(Descriptor.create, *arrays, layout=layout, on_invalid=on_invalid)
+    if not isinstance(layout, str) or not isinstance(on_invalid, str):
+        return create()  # which refuses it
+    key = (layout, on_invalid, *(_signature(tensor) for tensor in tensors))
     descriptor = _descriptors.get(key)
     if descriptor is None:
-        descriptor = Descriptor.create(*arrays, layout=layout)
+        descriptor = create()
         if len(_descriptors) >= _MOST_DESCRIPTORS:
             _descriptors.pop(next(iter(_descriptors)), None)
         _descriptors[key] = descriptor
@@ -490,9 +630,12 @@ def _find_descriptor(arrays: tuple[Any, ...], layout: str) -> Descriptor:
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    shape = tensor.shape
+    dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
     # The token axis is free, and it is the first of every tensor that is not a cache.
-    return tensor.dtype, shape if len(shape) == 4 else shape[1:], tensor.strides, tensor.device
+    if len(shape) == 3:
+        step = token_step(shape, strides, dtype.itemsize)
+        return dtype, shape[1:], (step, *strides[1:]), tensor.device
+    return dtype, shape if len(shape) == 4 else shape[1:], strides, tensor.device
 
 
 def _describe(name: str, array: Any) -> TensorDescriptor:
@@ -529,29 +672,17 @@ def _same_device(one: str, other: str) -> bool:
     return kind == other_kind and (None in (index, other_index) or index == other_index)
 
 
-def _expectations(info: PagedCachingInfo) -> tuple[_Expected, ...]:
-    size, slot_size = info.dtype.itemsize, info.slot_dtype.itemsize
-    expected = []
-    for letter, head_size in (("k", info.head_size), ("v", info.v_head_size)):
-        heads = (info.num_kv_heads, getattr(info, f"{letter}_cache_head_stride") * size)
-        slots = (info.block_size, getattr(info, f"{letter}_cache_slot_stride") * size)
-        middle = (heads, slots) if info.layout == "HND" else (slots, heads)
-        expected.append(
-            _Expected(
-                info.dtype,
-                (info.num_blocks, *(length for length, _ in middle), head_size),
-                (
-                    getattr(info, f"{letter}_cache_block_stride") * size,
-                    *(step for _, step in middle),
-                    size,
-                ),
-            )
-        )
-    for letter, head_size in (("k", info.head_size), ("v", info.v_head_size)):
-        steps = (getattr(info, f"{letter}_{axis}_stride") * size for axis in ("token", "head"))
-        expected.append(_Expected(info.dtype, (info.num_kv_heads, head_size), (*steps, size)))
-    expected.append(_Expected(info.slot_dtype, (), (slot_size,)))
-    return tuple(expected)
+def _expectation(info: PagedCachingInfo, name: str) -> _Expected:
+    tensor = info.tensor(name)
+    shape = tensor.shape if name.endswith("_cache") else tensor.shape[1:]
+    size = tensor.dtype.itemsize
+    return _Expected(tensor.dtype, shape, tuple(step * size for step in tensor.strides))
+
+
+def _span(expected: _Expected) -> int:
+    """Return the bytes from the first element to the end of the last."""
+    steps = zip(expected.shape, expected.strides, strict=True)
+    return expected.dtype.itemsize + sum((length - 1) * step for length, step in steps)
 
 
 def _as_address(name: str, value: object) -> int:

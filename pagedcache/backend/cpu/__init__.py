@@ -9,6 +9,7 @@ import numpy as np
 
 from pagedcache.backend.protocol import load_operator
 from pagedcache.status import DeviceNotFoundError
+from pagedcache.tensors import Array, view
 
 OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
 
@@ -44,6 +45,19 @@ class CpuDevice:
     def limits_table(self) -> list[tuple[str, str]]:
         """Return nothing: the CPU sets no limits."""
         return []
+
+    def stream(self, stream: object) -> int:
+        """Return 0: the CPU has no streams."""
+        return 0
+
+    def capturing(self, stream: int) -> bool:
+        """Return ``False``: on the CPU nothing is captured."""
+        return False
+
+    def read(self, address: int, size: int, stream: int) -> Array:
+        """Return a copy of memory, as bytes."""
+        data: Array = view(address, np.dtype(np.uint8), (size,), (1,)).copy()
+        return data
 
     def operator(self, name: str, info: Any) -> Any:
         """Return the implementation of an operator."""

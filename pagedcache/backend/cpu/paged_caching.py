@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pagedcache.backend.protocol import LaunchConfig
+from pagedcache.info import InvalidSlots
+from pagedcache.tensors import Array, view
 
 if TYPE_CHECKING:
     from pagedcache.info import PagedCachingInfo
-
-Array = np.ndarray[Any, Any]
 
 
 class PagedCaching:
@@ -21,6 +22,8 @@ class PagedCaching:
 
     def __init__(self, info: PagedCachingInfo) -> None:
         self._info = info
+        self._invalid: InvalidSlots | None = None
+        self._reporting = threading.Lock()
         size = info.dtype.itemsize
         # A row of bytes is one NumPy element, so it is copied as bits, and with one memcpy.
         self._planes = [
@@ -64,16 +67,27 @@ class PagedCaching:
         """Write `num_tokens` rows of K and V, given the addresses of all five tensors."""
         info = self._info
         slot_size = info.slot_dtype.itemsize
-        slots = _view(slot_mapping, info.slot_dtype, (num_tokens,), (slot_size,))
-        written = (slots >= 0) & (slots < info.num_slots)
-        if written.all():
-            block, offset = np.divmod(slots, info.block_size)
-            for plane, cache, rows in zip(self._planes, (k_cache, v_cache), (k, v), strict=True):
-                plane.cache(cache)[block, offset] = plane.rows(rows, num_tokens)
-        else:
-            block, offset = np.divmod(slots[written], info.block_size)
-            for plane, cache, rows in zip(self._planes, (k_cache, v_cache), (k, v), strict=True):
-                plane.cache(cache)[block, offset] = plane.rows(rows, num_tokens)[written]
+        slots = view(slot_mapping, info.slot_dtype, (num_tokens,), (slot_size,))
+        past_end = slots >= info.num_slots
+        written = (slots >= 0) & ~past_end
+        tokens: Any = slice(None) if written.all() else written
+        block, offset = np.divmod(slots[tokens], info.block_size)
+        for plane, cache, rows in zip(self._planes, (k_cache, v_cache), (k, v), strict=True):
+            plane.cache(cache)[block, offset] = plane.rows(rows, num_tokens)[tokens]
+        if past_end.any():
+            self._report(past_end, slots)
+
+    def _report(self, past_end: Array, slots: Array) -> None:
+        token = int(past_end.argmax())
+        found = InvalidSlots(int(past_end.sum()), token, int(slots[token]))
+        with self._reporting:
+            self._invalid = found if self._invalid is None else self._invalid.joined(found)
+
+    def invalid_slots(self, stream: object) -> InvalidSlots | None:
+        """Return what is known of invalid slots since this was last called, and forget it."""
+        with self._reporting:
+            found, self._invalid = self._invalid, None
+        return found
 
 
 class _Plane:
@@ -97,28 +111,8 @@ class _Plane:
 
     def rows(self, address: int, num_tokens: int) -> Array:
         """Return the source at `address` as ``[tokens, heads]`` of rows."""
-        return _view(address, self._row, (num_tokens, *self._heads), self._row_strides)
+        return view(address, self._row, (num_tokens, *self._heads), self._row_strides)
 
     def cache(self, address: int) -> Array:
         """Return the cache at `address` as ``[blocks, slots, heads]`` of rows."""
-        return _view(address, self._row, (*self._blocks, *self._heads), self._cache_strides)
-
-
-def _view(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    """Return the memory at `address` as an array; strides are in bytes."""
-    return np.asarray(_Memory(address, dtype, shape, strides))
-
-
-class _Memory:
-    """Memory that somebody else owns, in the form that NumPy reads without a copy."""
-
-    def __init__(
-        self, address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...]
-    ) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, False),
-            "typestr": dtype.str,
-            "shape": shape,
-            "strides": strides,
-        }
+        return view(address, self._row, (*self._blocks, *self._heads), self._cache_strides)

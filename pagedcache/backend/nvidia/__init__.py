@@ -7,6 +7,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pagedcache.backend.nvidia import fork
 from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, MissingLibraryError
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ class NvidiaBackend:
         MissingLibraryError
             CuPy or NVRTC cannot be loaded.
         DeviceNotInitializedError
-            There is no usable driver.
+            There is no usable driver, or this process was forked from one that used CUDA.
         DeviceNotFoundError
             The driver sees no GPU.
         """
+        if fork.forked():
+            raise DeviceNotInitializedError("backend cuda", fork.RULE)
         _check_driver()
         _count_devices()
         _check_nvrtc()
@@ -85,6 +88,7 @@ def import_cupy() -> Any:
 @functools.cache
 def _count_devices() -> int:
     runtime = import_cupy().cuda.runtime
+    fork.note_use()
     try:
         count: int = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:

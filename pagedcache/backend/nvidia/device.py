@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cupy
+import numpy as np
 from cupy.cuda import runtime
 
 from pagedcache.backend.nvidia import source
-from pagedcache.backend.nvidia.launch import Launch, launch_extended
+from pagedcache.backend.nvidia.launch import Launch, failure, launch_extended
+from pagedcache.backend.nvidia.record import Record, Records
 from pagedcache.backend.protocol import load_operator
 from pagedcache.status import (
     BadParamError,
@@ -20,6 +23,9 @@ from pagedcache.status import (
     CompileError,
     DeviceArchitectureNotSupportedError,
 )
+
+if TYPE_CHECKING:
+    from pagedcache.tensors import Array
 
 OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
 OPTIONS = ("--std=c++17",)
@@ -85,6 +91,7 @@ class CudaDevice:
         # CuPy's functions, kept because what they point to is unloaded with the last of them.
         self._compiled: dict[tuple[str, tuple[str, ...]], list[Any]] = {}
         self._compiling = threading.Lock()
+        self._records: dict[tuple[int, ...], Records] = {}
 
     def describe(self) -> str:
         """Return the GPU's name, compute capability and size."""
@@ -121,7 +128,7 @@ class CudaDevice:
         Raises
         ------
         CompileError
-            With the compiler's log.
+            With the compiler's log, or with why the result cannot be kept.
         """
         key = (file, expressions)
         with self._compiling:
@@ -132,6 +139,12 @@ class CudaDevice:
                     )
                     try:
                         kernels = [module.get_function(name).kernel for name in expressions]
+                    except OSError as error:
+                        rule = (
+                            "was compiled, but CuPy cannot keep it; set CUPY_CACHE_DIR to a folder "
+                            f"that can be written and has room, or CUPY_CACHE_IN_MEMORY=1: {error}"
+                        )
+                        raise CompileError(file, rule) from error
                     except cupy.cuda.compiler.CompileException as error:
                         rule = f"does not compile for {self.describe()}:\n{error}"
                         raise CompileError(file, rule) from error
@@ -158,6 +171,53 @@ class CudaDevice:
             return int(stream.__cuda_stream__()[1])
         rule = "must be None, a cupy.cuda.Stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
+
+    def capturing(self, stream: int) -> bool:
+        """Tell whether a stream is being captured into a graph."""
+        with self._current():
+            return bool(runtime.streamIsCapturing(stream))
+
+    def read(self, address: int, size: int, stream: int) -> Array:
+        """Return a copy of device memory, as bytes, once all that is queued on `stream` is done.
+
+        Raises
+        ------
+        LaunchError
+            Something that was queued before failed.
+        """
+        data = np.empty(size, np.uint8)
+        with self._current("read"):
+            kind = runtime.memcpyDeviceToHost
+            runtime.memcpyAsync(data.ctypes.data, address, size, kind, stream)
+            runtime.streamSynchronize(stream)
+        return data
+
+    def wait(self, stream: int | None) -> None:
+        """Wait for all that is queued on a stream; ``None``: on the whole device.
+
+        Raises
+        ------
+        LaunchError
+            Some of it failed.
+        """
+        with self._current("wait"):
+            if stream is None:
+                runtime.deviceSynchronize()
+            else:
+                runtime.streamSynchronize(stream)
+
+    def record(self, empty: tuple[int, ...]) -> Record:
+        """Return a new record that reads `empty` when nothing was added to it."""
+        return self._records.setdefault(empty, Records(self.index, empty)).new()
+
+    @contextlib.contextmanager
+    def _current(self, step: str = "call") -> Iterator[None]:
+        """Make this the current device, and name whose fault an error is."""
+        try:
+            with cupy.cuda.Device(self.index):
+                yield
+        except runtime.CUDARuntimeError as error:
+            raise failure(step, self.index, error) from error
 
     def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:
         """Return a `Launch` on this device of a function that `compile` returned."""

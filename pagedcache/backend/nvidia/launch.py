@@ -18,9 +18,15 @@ from typing import Any
 import cupy
 from cupy.cuda import driver, runtime
 
+from pagedcache.backend.nvidia import fork
 from pagedcache.status import LaunchError
 
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED, cudaErrorInitializationError
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+# Errors of a kernel or of the hardware, after which a context refuses everything: ECC (214), NVLink
+# (220), address, time-out, peer, assert (700 to 710), stack, instruction, alignment, address space,
+# program counter, failure (714 to 719). The runtime's numbers are the same.
+_CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -99,7 +105,7 @@ class Launch:
                         queue(blocks, stream)
             except driver.CUDADriverError as error:
                 if error.status != _NO_CONTEXT or driver.ctxGetCurrent():
-                    raise LaunchError("launch", f"on cuda:{device} failed: {error}") from error
+                    raise failure("launch", device, error) from error
                 _retry_with_context(device, queue, blocks, stream)
 
         self.run = run
@@ -143,7 +149,28 @@ def _retry_with_context(
     try:
         queue(blocks, stream)
     except driver.CUDADriverError as error:
-        raise LaunchError("launch", f"on cuda:{device} failed: {error}") from error
+        raise failure("launch", device, error) from error
+
+
+def failure(what: str, device: int, error: Any) -> LaunchError:
+    """Return the error to raise where CUDA refused `what`, with whose fault it is.
+
+    Parameters
+    ----------
+    what : str
+        The step that was refused.
+    device : int
+    error : CUDADriverError or CUDARuntimeError
+    """
+    if error.status == _NOT_INITIALIZED and fork.forked():
+        return LaunchError(f"cuda:{device}", fork.RULE)
+    if error.status in _CONTEXT_IS_LOST:
+        rule = (
+            f"on cuda:{device} was refused because work that was queued before it failed "
+            f"({error}); this process cannot use the GPU any more, start a new one"
+        )
+        return LaunchError(what, rule)
+    return LaunchError(what, f"on cuda:{device} failed: {error}")
 
 
 def launch_extended() -> Callable[..., int]:

@@ -10,6 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.backend.protocol import LaunchConfig
+from pagedcache.info import InvalidSlots
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ PER_THREAD = {16: 1, 8: 2, 4: 2, 2: 2}  # vectors, by width: kPerThread of the k
 MOST = 2**31  # what struct Divisor divides exactly
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
-_LAUNCH_WORDS = 6  # k_cache, v_cache, k, v, slot_mapping, vectors
+_LAUNCH_WORDS = 7  # k_cache, v_cache, k, v, slot_mapping, vectors, first_token
 _pack_call = struct.Struct(f"={_LAUNCH_WORDS}Q").pack_into
 # ... then those of the descriptor, in the order of `_Kernel.words`.
+
+EMPTY = (0, 0, 2**63 - 1, 0)  # struct InvalidSlots of the kernel: count, lock, token, slot
 
 
 def instance(dtype: str, slot_dtype: str, width: int) -> str:
@@ -53,6 +56,7 @@ class PagedCaching:
             raise NotSupportedError("k_cache", rule, info.num_slots)
         self._device = device
         self._current_stream = device.current_stream
+        self._invalid = device.record(EMPTY)
         self._threads = THREADS[device.limits.thread_class]
         few = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
@@ -63,7 +67,7 @@ class PagedCaching:
         # Addresses are known only at each call, so a narrower instance may be needed for some.
         most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
-            width: _Kernel(info, width, function, few, most)
+            width: _Kernel(info, width, function, few, most, self._invalid.address)
             for width, function in zip(widths, functions, strict=True)
         }
         self._widest = self._kernels[widths[0]]
@@ -93,15 +97,29 @@ class PagedCaching:
         # The lowest bit that is set is the alignment that all four addresses share.
         kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
         handle = self._current_stream() if stream is None else self._device.stream(stream)
+        first = 0
         while num_tokens > kernel.most_tokens:
             # More vectors than the kernel counts take several launches.
             tokens = kernel.most_tokens
-            self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, tokens, handle)
+            self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, tokens, first, handle)
             k += tokens * kernel.k_token_stride
             v += tokens * kernel.v_token_stride
             slot_mapping += tokens * self._slot_size
             num_tokens -= tokens
-        self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, num_tokens, handle)
+            first += tokens
+        self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, num_tokens, first, handle)
+
+    def invalid_slots(self, stream: int | None) -> InvalidSlots | None:
+        """Wait for a stream, or for the whole device, and return what is known of invalid slots.
+
+        Of all writes that are done since this was last called; it is forgotten then.
+        """
+        self._device.wait(stream)
+        words = self._invalid.take()
+        if words is None:
+            return None
+        count, _, token, slot = words.tolist()
+        return InvalidSlots(count, token, slot)
 
     def _launch(
         self,
@@ -112,6 +130,7 @@ class PagedCaching:
         v: int,
         slot_mapping: int,
         num_tokens: int,
+        first: int,
         stream: int,
     ) -> None:
         vectors = num_tokens * kernel.vectors_per_token
@@ -123,7 +142,7 @@ class PagedCaching:
             launch = launches.pop()
         except IndexError:
             launch = self._device.prepare(kernel.function, threads, kernel.words)
-        _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors)
+        _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors, first)
         launch.run(-(-vectors // (threads * kernel.per_thread)), stream)
         launches.append(launch)
 
@@ -132,7 +151,13 @@ class _Kernel:
     """One compiled instance with what stays the same from call to call."""
 
     def __init__(
-        self, info: PagedCachingInfo, width: int, function: int, few: int, most: int
+        self,
+        info: PagedCachingInfo,
+        width: int,
+        function: int,
+        few: int,
+        most: int,
+        invalid: int,
     ) -> None:
         size = info.dtype.itemsize
         k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
@@ -149,6 +174,7 @@ class _Kernel:
         self.v_token_stride = info.v_token_stride * size
         self.words = [
             *(0,) * _LAUNCH_WORDS,
+            invalid,
             info.num_slots,
             *_divisor(info.block_size),
             *_divisor(self.vectors_per_token),
