@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from layouts import cases, same, simple_case
+from layouts import cases, invalid_slots, same, simple_case
 
 import pagedcache as pc
 from pagedcache import infiniop
@@ -31,11 +36,13 @@ def on_cpu(case):
     return done.buffers
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=10_000, deadline=None)
 @given(cases())
 def test_writes_what_the_cpu_backend_writes(cupy, case):
     there = case.on(cupy.asarray)
-    pc.paged_caching(*there.arrays(), layout=case.layout)
+    with pc.Descriptor.create(*there.arrays(), layout=case.layout) as descriptor:
+        descriptor.calculate(*there.arrays())
+        assert descriptor._opaque.invalid_slots(None) == invalid_slots(case)
     same(there, on_cpu(case))
 
 
@@ -55,7 +62,7 @@ def test_shapes(cupy, layout, slots, dtype, heads, k_size, v_size, block_size):
     same(there, on_cpu(case))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 65_535, 65_536, 300_000])
+@pytest.mark.parametrize("tokens", [0, 1, 65_535, 65_536, 70_000, 300_000])
 def test_any_number_of_tokens(cupy, tokens):
     small = simple_case(5, 2, 64, 64, 20_000, 16).on(cupy.asarray)
     case = simple_case(tokens, 2, 64, 64, 20_000, 16)
@@ -351,7 +358,298 @@ def test_second_device_while_the_first_is_current(cupy):
         here = case.on(cupy.asarray)
         with pytest.raises(ValueError, match="v_cache must be on cuda:1 as k_cache is, got cuda"):
             pc.paged_caching(there.views["k_cache"], *here.arrays()[1:])
+        descriptor.check()
+        there.views["slot_mapping"][5] = 640
+        descriptor.calculate(*there.arrays())
+        with pytest.raises(pc.InvalidSlotError, match="token 5"):
+            descriptor.check()
     assert cupy.cuda.runtime.getDevice() == 0
     with cupy.cuda.Device(1):
         cupy.cuda.Device(1).synchronize()
+        case.views["slot_mapping"][5] = -1
+        for name in ("k_cache", "v_cache"):
+            assert np.array_equal(there.buffers[name].get(), on_cpu(case)[name])
+
+
+def test_invalid_slots_are_told_and_stop_nothing(cupy):
+    for slots in ("int32", "int64"):
+        case = simple_case(500, 8, 128, 128, 40, 16, slots=slots)
+        capacity, most = 640, np.iinfo(slots).max
+        case.views["slot_mapping"][[7, 100, 499]] = [capacity + 3, most, capacity]
+        there, wanted = case.on(cupy.asarray), on_cpu(case)
+        told = (7, capacity + 3, 3, capacity)
+        with pc.Descriptor.create(*there.arrays(), on_invalid="raise") as descriptor:
+            for _ in range(3):
+                with pytest.raises(pc.InvalidSlotError) as caught:
+                    descriptor.calculate(*there.arrays())
+                error = caught.value
+                assert (error.token, error.slot, error.count, error.capacity) == told
+        same(there, wanted)
+        with pc.Descriptor.create(*there.arrays()) as descriptor:
+            descriptor.check()
+            for _ in range(5):
+                descriptor.calculate(*there.arrays())
+            with pytest.raises(pc.InvalidSlotError) as caught:
+                descriptor.check()
+            error = caught.value
+            assert (error.token, error.slot, error.count) == (7, capacity + 3, 15)
+            descriptor.check()
+            assert int(cupy.arange(10).sum()) == 45  # the context lives
+
+
+def test_a_mapping_that_is_wrong_throughout(cupy):
+    case = simple_case(300_000, 1, 8, 8, 10, 16)
+    case.views["slot_mapping"][...] = 160 + np.arange(300_000)[::-1]
+    there = case.on(cupy.asarray)
+    with pc.Descriptor.create(*there.arrays()) as descriptor:
+        descriptor.calculate(*there.arrays())
+        with pytest.raises(pc.InvalidSlotError) as caught:
+            descriptor.check()
+    assert (caught.value.token, caught.value.slot, caught.value.count) == (0, 300_159, 300_000)
+    same(there, case.buffers)
+
+
+def test_a_report_survives_a_thousand_replays(cupy):
+    case = simple_case(100, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    rng = np.random.default_rng(3)
+    with pc.Descriptor.create(*there.arrays()) as descriptor:
+        with stream:
+            stream.begin_capture()
+            descriptor.calculate(*there.arrays())
+            graph = stream.end_capture()
+        cupy.cuda.Device().synchronize()
+        bad = 0
+        for turn in range(1000):
+            slots = rng.permutation(640)[:100]
+            if turn % 10 == 0:
+                slots[turn % 100] = 640 + turn
+                bad += 1
+            case.views["slot_mapping"][...] = slots
+            with stream:
+                there.views["slot_mapping"].set(slots)
+                graph.launch(stream)
+            stream.synchronize()
+            pc.paged_caching(*case.arrays())
+        same(there, case.buffers)
+        with pytest.raises(pc.InvalidSlotError) as caught:
+            descriptor.check()
+        assert (caught.value.count, caught.value.token, caught.value.slot) == (bad, 0, 640)
+        descriptor.check()
+
+
+@pytest.mark.parametrize("option", [{"on_invalid": "raise"}, {"debug": True}])
+def test_what_waits_is_refused_in_a_capture(cupy, option):
+    there = simple_case().on(cupy.asarray)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    descriptor = pc.Descriptor.create(*there.arrays(), **option)
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(NotImplementedError, match="cannot be done while it is captured"):
+            descriptor.calculate(*there.arrays())
+        stream.end_capture()
+    stream.synchronize()
+
+
+def test_debug_on_the_gpu(cupy):
+    case = simple_case(50, 8, 128, 128, 40, 16)
+    for name in ("k", "v"):
+        case.views[name][...] = 1
+    case.views["slot_mapping"][...] = np.arange(50)
+    there = case.on(cupy.asarray)
+    arrays = there.arrays()
+    with pc.Descriptor.create(*arrays, debug=True) as descriptor:
+        descriptor.calculate(*arrays)
         same(there, on_cpu(case))
+        arrays[3][7, 3, 9] = np.inf
+        with pytest.raises(pc.NonFiniteError, match=r"v must .* token 7, head 3, element 9"):
+            descriptor.calculate(*arrays)
+        arrays[4][9] = 3
+        with pytest.raises(pc.DuplicateSlotError, match="tokens 3 and 9"):
+            descriptor.calculate(*arrays)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("on_invalid", ["skip", "raise"])
+def test_threads_on_streams_of_their_own(cupy, shared, on_invalid):
+    several = [simple_case(300, 8, 128, 128, 40, 16, seed=seed) for seed in range(8)]
+    for seed, case in enumerate(several):
+        case.views["slot_mapping"][seed] = 640 + seed
+    theres = [case.on(cupy.asarray) for case in several]
+    descriptors = [pc.Descriptor.create(*there.arrays(), on_invalid=on_invalid) for there in theres]
+    cupy.cuda.Device().synchronize()
+
+    def write(seed):
+        descriptor = descriptors[0 if shared else seed]
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(200):
+                if on_invalid == "skip":
+                    descriptor.calculate(*theres[seed].arrays())
+                    continue
+                with pytest.raises(pc.InvalidSlotError) as caught:
+                    descriptor.calculate(*theres[seed].arrays())
+                assert (caught.value.token, caught.value.slot) == (seed, 640 + seed)
+                assert caught.value.count == 1
+            stream.synchronize()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    for case, there in zip(several, theres, strict=True):
+        same(there, on_cpu(case))
+    if on_invalid == "skip":
+        for descriptor in descriptors[: 1 if shared else 8]:
+            with pytest.raises(pc.InvalidSlotError) as caught:
+                descriptor.check()
+            assert caught.value.count == (1600 if shared else 200)
+
+
+def test_first_descriptors_at_once(cupy):
+    from pagedcache.backend.nvidia.device import CudaDevice
+
+    device = CudaDevice(0)  # of its own, so nothing is compiled yet
+    case = simple_case(200, 8, 128, 128, 40, 16)
+    info = pc.Descriptor.create(*case.arrays()).info
+    theres = [case.on(cupy.asarray) for _ in range(8)]
+    cupy.cuda.Device().synchronize()
+
+    def write(there):
+        descriptor = pc.Descriptor(info, device.name, device.operator("paged_caching", info))
+        descriptor.calculate(*there.arrays())
+        cupy.cuda.get_current_stream().synchronize()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, theres))
+    assert len(device._compiled) == 1
+    for there in theres:
+        same(there, on_cpu(case))
+
+
+def test_a_hundred_thousand_calls_leave_nothing(cupy):
+    import resource
+
+    there = simple_case(8, 8, 128, 128, 40, 16).on(cupy.asarray)
+    arrays = there.arrays()
+
+    def call(times):
+        for _ in range(times):
+            descriptor.calculate(*arrays)
+            pc.paged_caching(*arrays)
+        cupy.cuda.Device().synchronize()
+        memory = cupy.cuda.runtime.memGetInfo()
+        return memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with pc.Descriptor.create(*arrays) as descriptor:
+        before = call(5_000)
+        after = call(50_000)
+    assert after[0] == before[0]
+    assert after[1] - before[1] < 2048  # KiB, of pages that Python touches for the first time
+
+
+def test_descriptors_come_and_go(cupy):
+    there = simple_case(8, 8, 128, 128, 40, 16).on(cupy.asarray)
+    there.views["slot_mapping"][0] = 640
+    arrays = there.arrays()
+    for _ in range(3000):  # more than there are records in a slab, twice
+        with pc.Descriptor.create(*arrays) as descriptor:
+            descriptor.check()
+            descriptor.calculate(*arrays)
+    records = pc.Handle("cuda:0").opened()._records
+    [only] = records.values()
+    assert len(only._slabs) <= 2
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_under_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
+        capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ERROR SUMMARY: 0 errors" in done.stdout
+
+
+# Each array in an allocation of its own, so that a write behind it is one that the tool sees.
+SANITIZED = """
+import cupy, numpy as np, pagedcache as pc
+from layouts import same, simple_case
+cupy.cuda.set_allocator(None)
+for index, (dtype, slots, layout, k_size) in enumerate(
+    (d, s, l, k) for d in ("float16", "bfloat16", "float32") for s in ("int32", "int64")
+    for l in ("HND", "NHD") for k in (128, 100, 33)
+):
+    case = simple_case(70, 3, k_size, k_size + 4, 10, 8, dtype, slots, layout, index)
+    case.views["slot_mapping"][1] = 80 + index
+    there = case.on(cupy.asarray)
+    pc.paged_caching(*case.arrays(), layout=layout)
+    with pc.Descriptor.create(*there.arrays(), layout=layout) as descriptor:
+        descriptor.calculate(*there.arrays())
+        try:
+            descriptor.check()
+        except pc.InvalidSlotError as error:
+            assert (error.token, error.slot, error.count) == (1, 80 + index, 1)
+        else:
+            raise SystemExit(7)
+    same(there, case.buffers)
+"""
+
+
+def alone(program, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_after_a_fork():
+    out = alone(
+        "import os, sys, cupy, pagedcache as pc\n"
+        "a = [cupy.zeros((2, 4, 1, 2, 8), 'f2')[i] for i in (0, 1)]\n"
+        "k, s = cupy.zeros((3, 1, 8), 'f2'), cupy.arange(3)\n"
+        "d = pc.Descriptor.create(*a, k, k, s)\n"
+        "d.calculate(*a, k, k, s)\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "for call in (lambda: d.calculate(*a, k, k, s, stream=0), lambda: pc.Handle('cuda')):\n"
+        "    try: call()\n"
+        "    except pc.PagedCacheError as error: print(error)\n"
+        "sys.stdout.flush(); os._exit(0)\n"
+    )
+    assert out.count("before this process was forked") == 2, out
+
+
+def test_an_error_that_another_kernel_left():
+    out = alone(
+        "import cupy, pagedcache as pc\n"
+        "a = [cupy.zeros((2, 4, 1, 2, 8), 'f2')[i] for i in (0, 1)]\n"
+        "k, s = cupy.zeros((3, 1, 8), 'f2'), cupy.arange(3)\n"
+        "d = pc.Descriptor.create(*a, k, k, s)\n"
+        "wild = cupy.RawKernel('extern \"C\" __global__ void wild() { *(int*)8 = 1; }', 'wild')\n"
+        "wild((1,), (1,), ())\n"
+        "try: cupy.cuda.Device().synchronize()\n"
+        "except Exception: pass\n"
+        "for call in (lambda: d.calculate(*a, k, k, s), d.check):\n"
+        "    try: call()\n"
+        "    except pc.PagedCacheError as error: print(error)\n"
+        "import os; os._exit(0)\n"
+    )
+    assert out.count("because work that was queued before it failed") == 2, out
+
+
+def test_processes_that_compile_at_once(tmp_path):
+    program = (
+        "import cupy, numpy as np, pagedcache as pc\n"
+        "a = [cupy.zeros((2, 4, 1, 2, 8), 'f2')[i] for i in (0, 1)]\n"
+        "k, s = cupy.ones((3, 1, 8), 'f2'), cupy.arange(3)\n"
+        "pc.paged_caching(*a, k, k, s)\n"
+        "print(int(a[0].sum()))\n"
+    )
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: alone(program, CUPY_CACHE_DIR=str(tmp_path)), range(4)))
+    assert outs == ["24\n"] * 4
