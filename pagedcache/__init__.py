@@ -2,7 +2,8 @@
 
 In dependency order, each importing only what stands above it:
 
-- `status`, `dtypes`, `tensors`: error codes, data types, and how an array becomes an address
+- `status`, `dtypes`, `tensors`: error codes, data types, and what a tensor is
+- `arrays`: how an object of any array library becomes an address
 - `info`: every rule that the five tensors must obey, and the sizes and strides that follow
 - `backend`: one folder for each type of device, found through its `registry`
 - `interface`: what callers hold: handle and descriptor

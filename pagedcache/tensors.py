@@ -1,15 +1,10 @@
-"""The one place that decides how a caller's object becomes an address with a shape.
-
-Everything behind it sees a `Tensor` or a `TensorDescriptor` and never an array library.
-"""
+"""Tensors without an array library: what one looks like, where it is, whether two share memory."""
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +15,6 @@ from pagedcache.status import (
     BadParamTypeError,
     BadTensorShapeError,
     BadTensorStridesError,
-    NullPointerError,
 )
 
 Array = np.ndarray[Any, Any]
@@ -104,50 +98,6 @@ class Tensor(NamedTuple):
         return TensorDescriptor(self.dtype, self.shape, steps, self.device)
 
 
-class Reader(NamedTuple):
-    """How the arrays of one library are read.
-
-    Attributes
-    ----------
-    look : callable
-        From an array to a tuple of all that a `Tensor` holds but the address, the shape first.
-        Arrays of this library that look the same are the same to every check. Meant to be cheap,
-        since it is called for each array at each call: about 0.3 us.
-    address : callable
-        From an array to its address. Fails on the arrays of other libraries.
-    read : callable
-        From an array to a `Tensor`.
-    """
-
-    look: Callable[[Any], tuple[Any, ...]]
-    address: Callable[[Any], int]
-    read: Callable[[Any], Tensor]
-
-
-def adopt(subject: str, array: object) -> Tensor:
-    """Read address, dtype, shape, strides and device of an array, without a copy.
-
-    Parameters
-    ----------
-    subject : str
-        The argument to name in an error.
-    array : numpy.ndarray or cupy.ndarray
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    NullPointerError
-        `array` is ``None``.
-    BadParamTypeError
-        `array` is not an array.
-    """
-    reader = readers.get(type(array)) or _find_reader(subject, array)
-    return reader.read(array)
-
-
 def view(address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """Return the memory at `address` as an array; strides are in bytes.
 
@@ -199,48 +149,3 @@ def _ints(values: Sequence[int]) -> tuple[int, ...] | None:
         return tuple(operator.index(value) for value in values)
     except TypeError:
         return None
-
-
-@functools.cache
-def _cupy_reader(cupy: Any) -> Reader:
-    look = ["shape", "strides", "dtype"]
-    if cupy.cuda.runtime.getDeviceCount() > 1:
-        look.append("data.device_id")
-    return Reader(operator.attrgetter(*look), operator.attrgetter("data.ptr"), _read_cupy)
-
-
-def _read_numpy(array: np.ndarray[Any, Any]) -> Tensor:
-    return Tensor(
-        array.ctypes.data, array.dtype, array.shape, array.strides, "cpu", array.flags.writeable
-    )
-
-
-def _read_cupy(array: Any) -> Tensor:
-    memory = array.data
-    device = f"cuda:{memory.device_id}"
-    return Tensor(memory.ptr, array.dtype, array.shape, array.strides, device, writable=True)
-
-
-# attrgetter takes all of them in one call, which is what makes a look cheap.
-_NUMPY = Reader(
-    operator.attrgetter("shape", "strides", "dtype", "device", "flags.writeable"),
-    operator.attrgetter("ctypes.data"),
-    _read_numpy,
-)
-
-readers: dict[type, Reader] = {np.ndarray: _NUMPY}
-"""By type of array; a type is entered when the first array of it is seen."""
-
-
-def _find_reader(subject: str, array: object) -> Reader:
-    if array is None:
-        raise NullPointerError(subject, "must be an array", "None")
-    if isinstance(array, np.ndarray):
-        reader = _NUMPY
-    # An array of a library can only exist once that library is imported.
-    elif (cupy := sys.modules.get("cupy")) is not None and isinstance(array, cupy.ndarray):
-        reader = _cupy_reader(cupy)
-    else:
-        rule = "must be a NumPy or CuPy array"
-        raise BadParamTypeError(subject, rule, f"{type(array).__module__}.{type(array).__name__}")
-    return readers.setdefault(type(array), reader)

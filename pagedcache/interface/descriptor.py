@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pagedcache.arrays import adopt, reader_of, readers
 from pagedcache.info import NAMES, PagedCachingInfo, token_step
 from pagedcache.interface import checks
 from pagedcache.interface.explain import SlotExplanation, as_html
@@ -24,7 +25,7 @@ from pagedcache.status import (
     InsufficientWorkspaceError,
     NullPointerError,
 )
-from pagedcache.tensors import Tensor, TensorDescriptor, adopt, readers
+from pagedcache.tensors import Tensor, TensorDescriptor
 
 if TYPE_CHECKING:
     from pagedcache.backend.protocol import LaunchConfig
@@ -66,6 +67,7 @@ class Descriptor:
     def __init__(self, info: PagedCachingInfo, device: str, opaque: Any) -> None:
         self.info = info
         self.device = device
+        self._index = parse_device("device", device)[1] or 0
         self.workspace_size: int = opaque.workspace_size
         self._opaque = opaque
         self._expected = tuple(_expectation(info, name) for name in NAMES)
@@ -94,6 +96,8 @@ class Descriptor:
         Parameters
         ----------
         k_cache, v_cache : array or TensorDescriptor
+            Arrays of NumPy, CuPy or PyTorch, or anything with DLPack, ``__cuda_array_interface__``
+            or ``__array_interface__``; never copied.
             ``[num_blocks, num_kv_heads, block_size, head_size]`` for layout ``"HND"``,
             ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16
             or float32. Strides are free and may differ between the two, but the last axis must
@@ -101,7 +105,7 @@ class Descriptor:
             arrays, between the two. V may have a head size of its own.
         k, v : array or TensorDescriptor
             ``[num_tokens or more, num_kv_heads, head_size]``, of the same dtype; any strides of 0
-            or more, the last axis 1.
+            or more, the last axis 1. These and the slots may be JAX arrays too.
         slot_mapping : array or TensorDescriptor
             ``[num_tokens]``, int64 or int32.
         layout : {"HND", "NHD"}
@@ -263,8 +267,11 @@ class Descriptor:
         workspace_size : int
             Its size in bytes.
         stream : optional
-            On CUDA: ``None`` for CuPy's current stream, a ``cupy.cuda.Stream``, anything with
-            ``__cuda_stream__``, or the handle as an int. Not used on the CPU.
+            On CUDA, the stream to queue the write on: a ``cupy.cuda.Stream``, a
+            ``torch.cuda.Stream``, anything with ``__cuda_stream__``, or the handle as an int.
+            ``None`` is the current stream of the library that `k_cache` is of: PyTorch's for its
+            tensors; for arrays with only ``__cuda_array_interface__`` the stream that they name, or
+            the default stream; CuPy's for all others and for addresses. Not used on the CPU.
 
         Raises
         ------
@@ -277,11 +284,12 @@ class Descriptor:
         On CUDA the write is queued on the stream and this returns at once: nothing is allocated on
         the device, synchronised or compiled (but see `create` for ``on_invalid="raise"`` and
         `debug`, which wait for the stream and cannot be captured). Inputs made on another stream
-        must be ordered before this one by the caller. On the CPU the write is done when this
-        returns. Any number of threads may call this at once; writes to the same slots race.
+        must be ordered before this one by the caller; but a JAX array is waited for, on the host.
+        On the CPU the write is done when this returns. Any number of threads may call this at once;
+        writes to the same slots race.
         """
         try:
-            look, address, _ = readers[type(k_cache)]
+            look, address, _, current = readers[type(k_cache)]
             looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
             k_cache_at, v_cache_at = address(k_cache), address(v_cache)
             k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
@@ -304,6 +312,8 @@ class Descriptor:
         if v_cache_at - k_cache_at != self._apart:
             self._refuse_overlap(k_cache_at, v_cache_at)
         if tokens := looks[4][0][0]:
+            if current is not None and stream is None:
+                stream = current(k_cache, self._index)
             opaque = self._opaque or self._alive()
             opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
@@ -385,6 +395,9 @@ class Descriptor:
         """Check everything, and remember what the arrays looked like."""
         self._alive()
         k_cache, v_cache, k, v, slot_mapping = arrays
+        if stream is None and type(k_cache) is not int:
+            current = reader_of("k_cache", k_cache).stream
+            stream = current and current(k_cache, self._index)
         expected = self._expected
         k_cache_at = self._cache("k_cache", k_cache, expected[0])
         v_cache_at = self._cache("v_cache", v_cache, expected[1])
@@ -585,7 +598,7 @@ def paged_caching(
     """
     global _latest
     try:
-        look, address, _ = readers[type(k_cache)]
+        look, address, _, current = readers[type(k_cache)]
         looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
         k_cache_at, v_cache_at = address(k_cache), address(v_cache)
         k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
@@ -605,6 +618,8 @@ def paged_caching(
         _latest = layout, on_invalid, looks, descriptor
         return
     tokens = looks[4][0][0]
+    if current is not None and stream is None:
+        stream = current(k_cache, descriptor._index)
     descriptor._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
 

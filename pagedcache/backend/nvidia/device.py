@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import cupy
 import numpy as np
-from cupy.cuda import runtime
+from cupy.cuda import driver, runtime
 
+from pagedcache.arrays import current_streams
 from pagedcache.backend.nvidia import source
-from pagedcache.backend.nvidia.launch import Launch, failure, launch_extended
+from pagedcache.backend.nvidia.launch import WARM_UP, Launch, failure, launch_extended
 from pagedcache.backend.nvidia.record import Record, Records
 from pagedcache.backend.protocol import load_operator
 from pagedcache.status import (
@@ -22,6 +23,7 @@ from pagedcache.status import (
     BadParamTypeError,
     CompileError,
     DeviceArchitectureNotSupportedError,
+    NotSupportedError,
 )
 
 if TYPE_CHECKING:
@@ -129,11 +131,14 @@ class CudaDevice:
         ------
         CompileError
             With the compiler's log, or with why the result cannot be kept.
+        NotSupportedError
+            A stream is captured, where nothing can be compiled or loaded.
         """
         key = (file, expressions)
         with self._compiling:
             if key not in self._compiled:
-                with cupy.cuda.Device(self.index):
+                self._refuse_capture(file)
+                with self._current("load"):
                     module = cupy.RawModule(
                         code=source.read(file), options=OPTIONS, name_expressions=expressions
                     )
@@ -167,10 +172,20 @@ class CudaDevice:
                 rule = f"must be a stream of {self.name}"
                 raise BadParamError("stream", rule, f"one of cuda:{stream.device_id}")
             return int(stream.ptr)
+        if hasattr(stream, "cuda_stream") and hasattr(stream, "device_index"):  # torch's
+            if stream.device_index != self.index:
+                rule = f"must be a stream of {self.name}"
+                raise BadParamError("stream", rule, f"one of cuda:{stream.device_index}")
+            return int(stream.cuda_stream)
         if hasattr(stream, "__cuda_stream__"):
             return int(stream.__cuda_stream__()[1])
-        rule = "must be None, a cupy.cuda.Stream, an int or have __cuda_stream__"
+        rule = "must be None, a cupy or torch stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
+
+    def _refuse_capture(self, file: str) -> None:
+        streams = (self.current_stream(), *current_streams(self.index))
+        if any(self.capturing(stream) for stream in streams):
+            raise NotSupportedError(f"compilation of {file}", WARM_UP)
 
     def capturing(self, stream: int) -> bool:
         """Tell whether a stream is being captured into a graph."""
@@ -216,7 +231,7 @@ class CudaDevice:
         try:
             with cupy.cuda.Device(self.index):
                 yield
-        except runtime.CUDARuntimeError as error:
+        except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
             raise failure(step, self.index, error) from error
 
     def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:

@@ -27,6 +27,8 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # (220), address, time-out, peer, assert (700 to 710), stack, instruction, alignment, address space,
 # program counter, failure (714 to 719). The runtime's numbers are the same.
 _CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
+_CAPTURE = range(900, 908)  # what a stream capture does not allow
+WARM_UP = "cannot be done while a stream is captured; call pagedcache.warmup() before the capture"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -170,6 +172,8 @@ def failure(what: str, device: int, error: Any) -> LaunchError:
             f"({error}); this process cannot use the GPU any more, start a new one"
         )
         return LaunchError(what, rule)
+    if error.status in _CAPTURE:
+        return LaunchError(f"{what} on cuda:{device}", f"{WARM_UP} ({error})")
     return LaunchError(what, f"on cuda:{device} failed: {error}")
 
 

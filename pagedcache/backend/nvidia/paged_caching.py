@@ -60,18 +60,20 @@ class PagedCaching:
         self._threads = THREADS[device.limits.thread_class]
         few = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
-        alignment = _alignment(info)
-        widths = [width for width in WIDTHS if info.dtype.itemsize <= width <= alignment]
-        names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in widths)
-        functions = device.compile(FILE, names)
-        # Addresses are known only at each call, so a narrower instance may be needed for some.
+        # All widths are one program: a new shape never compiles. Addresses are known only at each
+        # call, so a narrower instance than the strides allow may be needed for some.
+        possible = [width for width in WIDTHS if info.dtype.itemsize <= width]
+        names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in possible)
+        functions = dict(zip(possible, device.compile(FILE, names), strict=True))
+        widest = _alignment(info)
         most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
             width: _Kernel(info, width, function, few, most, self._invalid.address)
-            for width, function in zip(widths, functions, strict=True)
+            for width, function in functions.items()
+            if width <= widest
         }
-        self._widest = self._kernels[widths[0]]
-        self._alignment_mask = widths[0] - 1
+        self._widest = self._kernels[widest]
+        self._alignment_mask = widest - 1
 
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""

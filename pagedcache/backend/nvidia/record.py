@@ -43,20 +43,22 @@ class Records:
     def new(self) -> Record:
         """Return an empty record of which nobody else knows.
 
-        May allocate, or wait for the device, once in about a thousand calls.
+        Allocates, or waits for the device, once in about a thousand calls, and else touches no
+        device, so it may be called while a stream is captured.
         """
         with self._lock, cupy.cuda.Device(self._device):
             if not self._free and len(self._retired) >= _COUNT:
                 # What is queued now may still write to them; what comes later knows them not.
                 cupy.cuda.Device(self._device).synchronize()
                 self._free, self._retired = self._retired, []
+                for address in self._free:
+                    self._clear(address, 1)
             if not self._free:
                 slab = cupy.cuda.alloc(_COUNT * _SIZE)
                 self._slabs.append(slab)
+                self._clear(slab.ptr, _COUNT)
                 self._free = [slab.ptr + index * _SIZE for index in range(_COUNT)]
-            address = self._free.pop()
-            self._clear(address)
-        return Record(self, address)
+            return Record(self, self._free.pop())
 
     def take(self, address: int) -> Array | None:
         """Return the words of a record and clear it; ``None`` if it was empty.
@@ -69,15 +71,16 @@ class Records:
             _copy(words.ctypes.data, address, _SIZE, runtime.memcpyDeviceToHost)
             if np.array_equal(words, self._empty):
                 return None
-            self._clear(address)
+            self._clear(address, 1)
         return words
 
     def retire(self, address: int) -> None:
         """Take back a record; it is used again when no kernel can write to it any more."""
         self._retired.append(address)
 
-    def _clear(self, address: int) -> None:
-        _copy(address, self._empty.ctypes.data, _SIZE, runtime.memcpyHostToDevice)
+    def _clear(self, address: int, count: int) -> None:
+        words = np.tile(self._empty, count)
+        _copy(address, words.ctypes.data, words.nbytes, runtime.memcpyHostToDevice)
 
 
 class Record:

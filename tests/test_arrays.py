@@ -1,0 +1,381 @@
+"""How arrays are read."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from layouts import expected, same, simple_case
+
+import pagedcache as pc
+from pagedcache import arrays
+
+
+class FakeCupy:
+    """As much of CuPy as a reader needs."""
+
+    class ndarray:  # noqa: N801
+        def __init__(self, like, device):
+            self.shape, self.strides, self.dtype = like.shape, like.strides, like.dtype
+            self.data = SimpleNamespace(ptr=64, device_id=device)
+
+    def __init__(self, devices):
+        self.cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: devices))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_no_reader_takes_the_array_of_another_library(devices):
+    array = np.zeros((2, 3), np.float16)
+    fake = FakeCupy(devices)
+    theirs = fake.ndarray(array, devices - 1)
+    cupy, numpy = arrays._cupy_reader(fake), arrays._NUMPY
+    # True equals 1, so a flag must not stand where another library has a device number.
+    assert cupy.look(theirs) != numpy.look(array)
+    for reader, array_of_another in ((cupy, array), (numpy, theirs)):
+        with pytest.raises((AttributeError, ValueError)):
+            reader.look(array_of_another), reader.address(array_of_another)
+    elsewhere = fake.ndarray(array, 0)
+    assert (cupy.look(theirs) == cupy.look(elsewhere)) == (devices == 1)
+
+
+def test_the_one_call_form_tells_libraries_apart(monkeypatch):
+    # A CuPy array of the same look, on the only GPU there is, right after NumPy's.
+    from pagedcache.interface import descriptor
+
+    monkeypatch.setattr(descriptor, "_latest", (None,) * 4)
+    fake = FakeCupy(1)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(arrays, "readers", dict(arrays.readers))
+    monkeypatch.setattr(descriptor, "readers", arrays.readers)
+    cache = np.zeros((4, 1, 2, 8), np.float16)
+    rows, slots = np.ones((3, 1, 8), np.float16), np.arange(3)
+    five = [cache, cache.copy(), rows, rows, slots]
+    pc.paged_caching(*five)
+    for position in range(5):
+        mixed = list(five)
+        mixed[position] = fake.ndarray(mixed[position], 0)
+        with pytest.raises(ValueError, match="must be on c"):
+            pc.paged_caching(*mixed)
+
+
+def test_a_look_sees_everything_but_the_address():
+    look = arrays._NUMPY.look
+    array = np.zeros((2, 3, 4), np.float16)
+    assert look(array) == look(array.copy())
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    for other in (
+        array[:1],
+        array.astype(np.int16),
+        array.transpose(1, 0, 2),
+        array[..., :2],
+        frozen,
+    ):
+        assert look(other) != look(array)
+
+
+def test_adopt_reads_without_a_copy():
+    array = np.arange(24, dtype=np.int32).reshape(2, 3, 4)[:, ::2, 1:]
+    tensor = arrays.adopt("k", array)
+    assert tensor == (array.ctypes.data, array.dtype, (2, 2, 3), (48, 32, 4), "cpu", True)
+    described = tensor.describe("k")
+    assert (described.shape, described.strides, described.device) == ((2, 2, 3), (12, 8, 1), "cpu")
+
+
+def test_subclasses_of_an_array_are_arrays():
+    class Mine(np.ndarray):
+        pass
+
+    array = np.zeros(3).view(Mine)
+    assert arrays.adopt("k", array).shape == (3,)
+    assert arrays.readers[Mine] is arrays._NUMPY
+
+
+# The arrays of other libraries
+
+NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
+
+
+def torch_view(view):
+    """Return a torch tensor over the memory of a NumPy array, bfloat16 too."""
+    import torch
+
+    bits = torch.from_numpy(view.view(f"i{view.dtype.itemsize}"))
+    return bits.view(getattr(torch, view.dtype.name))
+
+
+class Exporter:
+    """An array that offers one protocol, and nothing else."""
+
+    def __init__(self, array, **attributes):
+        self.array = array
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class Interface(Exporter):
+    @property
+    def __array_interface__(self):
+        return self.array.__array_interface__
+
+
+class Versioned(Exporter):
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class Unversioned(Exporter):
+    def __dlpack__(self, stream=None):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class Copying(Unversioned):
+    def __dlpack__(self, stream=None):
+        return self.array.copy().__dlpack__()
+
+
+class SaysItCopied(Versioned):
+    def __dlpack__(self, *, max_version=None, copy=None, dl_device=None, stream=None):
+        return self.array.__dlpack__(max_version=max_version, copy=True)
+
+
+def from_library(library):
+    """Return a function from a NumPy array to an array of a library over the same memory."""
+    if library == "torch":
+        pytest.importorskip("torch")
+        return torch_view
+    if library == "torch through DLPack":
+        pytest.importorskip("torch")
+        return lambda view: Versioned(torch_view(view))
+    if library == "array interface":
+        return Interface
+    if library == "DLPack":
+        return Versioned
+    assert library == "DLPack of old"
+    return Unversioned
+
+
+LIBRARIES = ["torch", "torch through DLPack", "array interface", "DLPack", "DLPack of old"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("slots", ["int32", "int64"])
+def test_writes_into_the_arrays_of(library, dtype, slots):
+    if dtype == "bfloat16" and library.startswith("DLPack"):
+        pytest.skip("NumPy, the exporter here, does not export it")
+    foreign = from_library(library)
+    case = simple_case(dtype=dtype, slots=slots, k_size=12)
+    wanted = expected(case)
+    arrays = [foreign(view) for view in case.arrays()]
+    with pc.Descriptor.create(*arrays) as descriptor:
+        for _ in range(2):
+            descriptor.calculate(*arrays)
+        descriptor.calculate(*arrays[:4], case.views["slot_mapping"])  # libraries may be mixed
+        descriptor.calculate(*case.arrays()[:2], *arrays[2:])
+    same(case, wanted)
+    case.buffers["k_cache"][...] = wanted["k_cache"][...] = 0
+    again = expected(case)
+    for _ in range(2):
+        pc.paged_caching(*arrays)
+    same(case, again)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_strides_are_kept(library):
+    foreign = from_library(library)
+    case = simple_case(dtype="float32")
+    fused = np.arange(9 * 3 * 24, dtype=np.float32).reshape(9, 72)  # Q, K and V of each token
+    k, v = (fused[:, start : start + 24].reshape(9, 3, 8) for start in (24, 48))
+    stacked = np.zeros((7, 2, 3, 4, 8), np.float32)  # K and V inside a block
+    arrays = [foreign(view) for view in (stacked[:, 0], stacked[:, 1], k, v)]
+    pc.paged_caching(*arrays, foreign(case.views["slot_mapping"]))
+    for token, slot in enumerate(case.views["slot_mapping"].tolist()):
+        if slot >= 0:
+            assert (stacked[slot // 4, 0, :, slot % 4] == k[token]).all()
+            assert (stacked[slot // 4, 1, :, slot % 4] == v[token]).all()
+
+
+def test_jax_arrays_are_read_and_never_written():
+    jax = pytest.importorskip("jax")
+    for dtype in ("float16", "bfloat16", "float32"):
+        case = simple_case(dtype=dtype, slots="int32")
+        wanted = expected(case)
+        k_cache, v_cache, *sources = case.arrays()
+        sources = [jax.numpy.array(source) for source in sources]
+        assert [str(source.dtype) for source in sources] == [dtype, dtype, "int32"]
+        with pc.Descriptor.create(k_cache, v_cache, *sources) as descriptor:
+            for _ in range(2):
+                descriptor.calculate(k_cache, v_cache, *sources)
+        same(case, wanted)
+        pc.paged_caching(k_cache, v_cache, *sources)
+        theirs = jax.numpy.array(k_cache)
+        before = np.array(theirs).view(f"u{theirs.dtype.itemsize}")
+        with pytest.raises(ValueError, match="k_cache must be writable, got a read-only array"):
+            pc.paged_caching(theirs, v_cache, *sources)
+        assert (np.array(theirs).view(before.dtype) == before).all()
+
+
+def test_a_jax_tracer_is_no_memory():
+    jax = pytest.importorskip("jax")
+    case = simple_case(dtype="float32", slots="int32")
+
+    def write(k):
+        pc.paged_caching(*case.arrays()[:2], k, *case.arrays()[3:])
+
+    with pytest.raises(TypeError, match="k must have memory that can be read without a copy"):
+        jax.jit(write)(case.views["k"])
+
+
+def test_read_only_outputs_of_any_library():
+    case = simple_case(dtype="float32")
+    arrays = case.arrays()
+    untouched = case.copy().buffers
+    frozen = arrays[0].view()
+    frozen.flags.writeable = False
+    for foreign in (frozen, Interface(frozen), Versioned(frozen)):
+        with pytest.raises(ValueError, match="k_cache must be writable"):
+            pc.paged_caching(foreign, *arrays[1:])
+        with pytest.raises(ValueError, match="k_cache must be writable"):
+            pc.Descriptor.create(*arrays).calculate(foreign, *arrays[1:])
+    same(case, untouched)
+
+
+@pytest.mark.parametrize("exporter", [Copying, SaysItCopied])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exporter_that_copies_is_refused(exporter, name):
+    case = simple_case(dtype="float32")
+    untouched = case.copy().buffers
+    arrays = {name: case.views[name] for name in NAMES}
+    arrays[name] = exporter(arrays[name])
+    for call in (pc.paged_caching, pc.Descriptor.create):
+        with pytest.raises(ValueError, match=f"{name} must be readable without a copy") as caught:
+            call(*arrays.values())
+        assert caught.value.status == pc.Status.BAD_PARAM
+    same(case, untouched)
+
+
+def test_what_torch_does_not_hold_in_memory():
+    torch = pytest.importorskip("torch")
+    case = simple_case(dtype="float32")
+    arrays = case.arrays()
+    untouched = case.copy().buffers
+    shape = case.views["k"].shape
+    negated = torch.complex(torch.zeros(shape), torch.ones(shape)).conj().imag
+    for bad, kind, words in (
+        (negated, ValueError, "call resolve_neg"),
+        (torch.zeros(shape).to_sparse(), TypeError, "dense tensor"),
+        (torch.zeros(shape, device="meta"), ValueError, "meta"),
+        (torch.zeros(shape, dtype=torch.float8_e4m3fn), TypeError, "float16, bfloat16 or float32"),
+        (torch.empty(shape, dtype=torch.bits16), TypeError, "dtype of NumPy or ml_dtypes"),
+    ):
+        with pytest.raises(kind, match=words) as caught:
+            pc.paged_caching(*arrays[:2], bad, *arrays[3:])
+        assert isinstance(caught.value, pc.PagedCacheError)
+    plain = torch_view(case.views["k"])
+    with pc.Descriptor.create(*map(torch_view, arrays)) as descriptor:
+        rows = [torch_view(array) for array in arrays]
+        descriptor.calculate(*rows)
+        rows[2] = negated
+        with pytest.raises(ValueError, match="call resolve_neg"):
+            descriptor.calculate(*rows)
+        rows[2] = plain
+        descriptor.calculate(*rows)
+    assert not np.array_equal(untouched["k_cache"], case.buffers["k_cache"])
+
+
+def test_torch_parameters_and_subclasses():
+    torch = pytest.importorskip("torch")
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    arrays = [torch_view(view) for view in case.arrays()]
+    arrays[:4] = [torch.nn.Parameter(array, requires_grad=False) for array in arrays[:4]]
+    for _ in range(2):
+        pc.paged_caching(*arrays)
+    same(case, wanted)
+
+
+def test_nothing_is_imported_for_other_libraries():
+    program = (
+        "import sys, numpy as np, pagedcache as pc\n"
+        "a = np.zeros((2, 1, 1, 1), 'f2')\n"
+        "pc.paged_caching(a, a.copy(), a[:, 0], a[:, 0], np.arange(2))\n"
+        "print([m for m in ('torch', 'jax', 'numba', 'cupy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+class FakeRuntime:
+    """As much of CuPy as __cuda_array_interface__ needs."""
+
+    def pointerGetAttributes(self, address):  # noqa: N802
+        return SimpleNamespace(device=1)
+
+
+def test_cuda_array_interface(monkeypatch):
+    """Read without a GPU: nothing but numbers."""
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(runtime=FakeRuntime()), ndarray=type("ndarray", (), {})
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    base = {"data": (4096, False), "typestr": "<f2", "shape": (2, 3, 4), "version": 3}
+
+    class Device:
+        def __init__(self, **changes):
+            self.__cuda_array_interface__ = {**base, **changes}
+
+    read = arrays.adopt("k", Device())
+    assert read == (4096, np.dtype(np.float16), (2, 3, 4), (24, 8, 2), "cuda:1", True)
+    assert arrays.adopt("k", Device(strides=(64, 16, 2))).strides == (64, 16, 2)
+    assert arrays.adopt("k", Device(typestr="<V2")).dtype.name == "bfloat16"
+    assert not arrays.adopt("k", Device(data=(4096, True))).writable
+    stream = arrays.reader_of("k", Device()).stream
+    assert [stream(Device(stream=s), 0) for s in (None, 1, 2, 77)] == [0, 1, 2, 77]
+    with pytest.raises(TypeError, match="k must have memory that can be read"):
+        arrays.adopt("k", Device(shape=None))
+    with pytest.raises(TypeError, match="k must be a dtype"):
+        arrays.adopt("k", Device(typestr="<Z9"))
+
+
+def test_dlpack_of_other_devices_and_types():
+    class Odd(Versioned):
+        def __init__(self, array, **fields):
+            super().__init__(array)
+            self.fields = fields
+
+        def __dlpack__(self, **options):
+            capsule = self.array.__dlpack__(max_version=(1, 0))
+            pointer = arrays._capsule_pointer(capsule, b"dltensor_versioned")
+            managed = arrays._DLManagedTensorVersioned.from_address(pointer)
+            for name, value in self.fields.items():
+                setattr(managed.tensor, name, value)
+            assert ctypes.sizeof(managed) == 80
+            return capsule
+
+    array = np.zeros((3, 4), np.float32)
+    assert arrays.adopt("k", Odd(array)).address == array.ctypes.data
+    assert arrays.adopt("k", Odd(array, byte_offset=8)).address == array.ctypes.data + 8
+    assert arrays.adopt("k", Odd(array, device_type=2, device_id=3)).device == "cuda:3"
+    bits = arrays.adopt("k", Odd(array, dtype_code=4, dtype_bits=16))
+    assert (bits.dtype.name, bits.strides) == ("bfloat16", (8, 2))
+    with pytest.raises(
+        ValueError, match="memory of the CPU or of a CUDA device, got DLPack device 4"
+    ):
+        arrays.adopt("k", Odd(array, device_type=4))
+    with pytest.raises(TypeError, match="got DLPack type 2 of 32 bits x 2"):
+        arrays.adopt("k", Odd(array, dtype_lanes=2))
+    with pytest.raises(TypeError, match="got DLPack type 3 of 32"):
+        arrays.adopt("k", Odd(array, dtype_code=3))
