@@ -8,6 +8,8 @@ In dependency order, each importing only what stands above it:
 - `backend`: one folder for each type of device, found through its `registry`
 - `interface`: what callers hold: handle and descriptor
 - `infiniop`: the same operator behind InfiniCore's C functions
+- `compat`: the same behind the Python functions of vLLM, SGLang and FlashInfer
+- `torch`: the same as an operator for ``torch.compile``; imported only when asked for
 - `demo`, `bench`, `__main__`: the command line
 
 The kernels are CUDA source in ``cuda_src``. Importing this package imports neither CuPy nor CUDA.
@@ -20,6 +22,7 @@ from pagedcache.info import PagedCachingInfo
 from pagedcache.interface.descriptor import Descriptor, paged_caching
 from pagedcache.interface.explain import SlotExplanation
 from pagedcache.interface.handle import Handle
+from pagedcache.interface.warmup import WarmedUp, warmup
 from pagedcache.status import (
     CacheOverlapError,
     DuplicateSlotError,
@@ -48,9 +51,11 @@ __all__ = [
     "SourceOverlapError",
     "Status",
     "TensorDescriptor",
+    "WarmedUp",
     "backends",
     "infiniop",
     "paged_caching",
     "register_backend",
     "status",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""``python -m pagedcache``: what a bug report needs; the demo; the bench."""
+"""``python -m pagedcache``: what a bug report needs; warm-up, the demo, the bench."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import platform
 import sys
 from pathlib import Path
 
-from pagedcache import Handle, __version__, backends, bench, demo
+from pagedcache import Handle, PagedCacheError, __version__, backends, bench, demo
 from pagedcache.backend.nvidia import source
+from pagedcache.info import DTYPES, SLOT_DTYPES
+from pagedcache.interface.warmup import warming_up
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pagedcache", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("about", help="versions, backends, device limits, folders (the default)")
+    warm = commands.add_parser("warmup", help="compile all kernels now, so that no call has to")
+    warm.add_argument("--device", help="'cuda', 'cuda:1', 'cpu'; the default: what would be used")
     demo.add_arguments(
         commands.add_parser("demo", help="write the K and V of real text into a paged cache")
     )
@@ -29,7 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
         return demo.run(parsed)
     if parsed.command == "bench":
         return bench.run(parsed)
+    if parsed.command == "warmup":
+        return warm_up(parsed.device)
     return about()
+
+
+def warm_up(device: str | None) -> int:
+    """Compile, and print each kernel when it is ready."""
+    try:
+        for done in warming_up(device, dtypes=DTYPES, slot_dtypes=SLOT_DTYPES):
+            print(done, flush=True)
+    except PagedCacheError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"Kept in {compile_cache()}" if done.device != "cpu" else "The CPU compiles nothing.")
+    return 0
 
 
 def about() -> int:
@@ -38,6 +56,7 @@ def about() -> int:
     print(f"Python {platform.python_version()}, {platform.platform()}")
     names = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit", "cuda-bindings")
     print(", ".join(f"{name} {version(name)}" for name in names))
+    print(", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numba", "triton")))
     print(f"\nCUDA source    {source.folder()}")
     print(f"compile cache  {compile_cache()}")
     print("\nBackends")

@@ -379,3 +379,21 @@ def test_dlpack_of_other_devices_and_types():
         arrays.adopt("k", Odd(array, dtype_lanes=2))
     with pytest.raises(TypeError, match="got DLPack type 3 of 32"):
         arrays.adopt("k", Odd(array, dtype_code=3))
+
+
+def test_arrays_that_numba_filled():
+    numba = pytest.importorskip("numba")
+
+    @numba.njit
+    def fill(rows, start):
+        for i in range(rows.size):
+            rows.flat[i] = start + i
+        return rows
+
+    case = simple_case(dtype="float32")
+    arrays_of_numba = case.arrays()
+    for start, name in enumerate(("k", "v")):
+        fill(case.views[name], start)
+    wanted = expected(case)
+    pc.paged_caching(*arrays_of_numba)
+    same(case, wanted)

@@ -653,3 +653,239 @@ def test_processes_that_compile_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         outs = list(pool.map(lambda _: alone(program, CUPY_CACHE_DIR=str(tmp_path)), range(4)))
     assert outs == ["24\n"] * 4
+
+
+# Arrays of other libraries
+
+
+def from_library(library, cupy):
+    """Return a function from a CuPy array to an array of a library over the same memory."""
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+
+        def to_torch(array):
+            bits = torch.from_dlpack(array.view(f"i{array.dtype.itemsize}"))
+            return bits.view(getattr(torch, array.dtype.name))
+
+        return to_torch
+    if library == "numba":
+        cuda = pytest.importorskip("numba.cuda")
+        return lambda array: cuda.as_cuda_array(array)
+    if library == "DLPack":
+        return lambda array: type(
+            "Exporter",
+            (),
+            {
+                "__dlpack__": lambda _, **options: array.__dlpack__(**options),
+                "__dlpack_device__": lambda _: array.__dlpack_device__(),
+            },
+        )()
+    assert library == "cuda array interface"
+    return lambda array: type(
+        "Exporter", (), {"__cuda_array_interface__": array.__cuda_array_interface__}
+    )()
+
+
+LIBRARIES = ["torch", "numba", "DLPack", "cuda array interface"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_arrays_of_other_libraries(cupy, library, dtype):
+    if library == "numba" and dtype == "bfloat16":
+        pytest.skip("Numba has no bfloat16")
+    foreign = from_library(library, cupy)
+    case = simple_case(300, 8, 128, 128, 40, 16, dtype)
+    there = case.on(cupy.asarray)
+    cupy.cuda.Device().synchronize()
+    arrays = [foreign(array) for array in there.arrays()]
+    with pc.Descriptor.create(*arrays) as descriptor:
+        for _ in range(3):
+            descriptor.calculate(*arrays)
+    cupy.cuda.Device().synchronize()
+    same(there, on_cpu(case))
+    cleared = there.arrays()
+    cleared[0][...] = cleared[1][...] = 0
+    for name in ("k_cache", "v_cache"):
+        case.views[name][...] = 0
+    cupy.cuda.Device().synchronize()
+    for _ in range(2):
+        pc.paged_caching(*arrays)
+    cupy.cuda.Device().synchronize()
+    same(there, on_cpu(case))
+
+
+def test_jax_arrays_as_sources(cupy):
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this JAX has no GPU")
+    for dtype in ("float16", "bfloat16", "float32"):
+        case = simple_case(300, 8, 128, 128, 40, 16, dtype, "int32")
+        there = case.on(cupy.asarray)
+        cupy.cuda.Device().synchronize()
+        sources = [jax.numpy.array(view) * 1 for view in case.arrays()[2:]]
+        pc.paged_caching(*there.arrays()[:2], *sources)
+        same(there, on_cpu(case))
+        with pytest.raises(ValueError, match="k_cache must be writable"):
+            pc.paged_caching(jax.numpy.array(case.views["k_cache"]), *there.arrays()[1:])
+
+
+def test_torch_streams_with_a_late_producer(cupy):
+    torch = pytest.importorskip("torch")
+    case = simple_case(500, 8, 128, 128, 40, 16, "float16")
+    wanted = on_cpu(case)
+    blocker = torch.ones((6000, 6000), device="cuda")
+    for how in ("current", "given", "protocol", "int"):
+        there = case.on(cupy.asarray)
+        tensors = [torch.from_dlpack(array) for array in there.arrays()]
+        late = tensors[2].clone()
+        tensors[2].zero_()
+        with pc.Descriptor.create(*tensors) as descriptor:
+            torch.cuda.synchronize()
+            stream = torch.cuda.Stream()
+            given = {
+                "current": None,
+                "given": stream,
+                "protocol": type(
+                    "S", (), {"__cuda_stream__": lambda _, s=stream: (0, s.cuda_stream)}
+                )(),
+                "int": stream.cuda_stream,
+            }[how]
+            with torch.cuda.stream(stream):
+                for _ in range(20):
+                    blocker.mul_(1.0000001)
+                tensors[2].copy_(late)
+                if how == "current":
+                    descriptor.calculate(*tensors)
+            if how != "current":
+                descriptor.calculate(*tensors, stream=given)
+            stream.synchronize()
+        same(there, wanted)
+
+
+def test_the_stream_that_an_interface_names(cupy):
+    case = simple_case(500, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    late = there.views["k"].copy()
+    there.views["k"][...] = 0
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    named = type(
+        "Exporter",
+        (),
+        {
+            "__cuda_array_interface__": {
+                **there.views["k_cache"].__cuda_array_interface__, "stream": stream.ptr,
+            }
+        },
+    )()  # fmt: skip
+    blocker = cupy.ones((4000, 4000), np.float32)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        for _ in range(20):
+            blocker = blocker * 1.0000001
+        there.views["k"][...] = late
+    pc.paged_caching(named, *there.arrays()[1:])
+    stream.synchronize()
+    same(there, on_cpu(case))
+
+
+def test_capture_by_torch(cupy):
+    torch = pytest.importorskip("torch")
+    case = simple_case(100, 8, 128, 128, 40, 16, "float16")
+    there = case.on(cupy.asarray)
+    tensors = [torch.from_dlpack(array) for array in there.arrays()]
+    pc.paged_caching(*tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pc.paged_caching(*tensors)
+    for seed in range(20):
+        slots = np.random.default_rng(seed).permutation(640)[:100]
+        case.views["slot_mapping"][...] = slots
+        tensors[4].copy_(torch.from_numpy(slots))
+        pc.paged_caching(*case.arrays())
+        graph.replay()
+    torch.cuda.synchronize()
+    pc.paged_caching(*case.arrays())
+    same(there, case.buffers)
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_compiling_in_a_capture_is_refused_and_warming_up_helps(library):
+    out = alone(CAPTURED.format(library=library))
+    assert out.splitlines() == ["refused True", "written True"]
+
+
+CAPTURED = """
+import cupy, numpy as np, pagedcache as pc
+library = {library!r}
+a = [cupy.zeros((4, 1, 2, 8), 'f2') for _ in 'kv']
+k, s = cupy.ones((3, 1, 8), 'f2'), cupy.arange(3)
+if library == 'torch':
+    import torch
+    a, k, s = [torch.from_dlpack(x) for x in a], torch.from_dlpack(k), torch.from_dlpack(s)
+pc.Handle('cuda')
+cupy.cuda.Device().synchronize()
+def capture():
+    if library == 'torch':
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            pc.paged_caching(*a, k, k, s)
+        return graph.replay
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        try:
+            pc.paged_caching(*a, k, k, s)
+        finally:
+            graph = stream.end_capture()
+    return lambda: graph.launch(stream)
+try:
+    capture()
+except NotImplementedError as error:
+    print('refused', 'pagedcache.warmup()' in str(error))
+cupy.cuda.Device().synchronize()
+pc.warmup()
+capture()()
+cupy.cuda.Device().synchronize()
+print('written', float(a[0].sum()) == 24)
+"""
+
+
+def test_torch_compile_on_the_gpu(cupy):
+    torch = pytest.importorskip("torch")
+    import pagedcache.torch
+
+    case = simple_case(100, 8, 128, 128, 40, 16, "float16")
+    for name in ("k", "v", "k_cache", "v_cache"):
+        case.views[name][...] = 1
+    there = case.on(cupy.asarray)
+    tensors = [torch.from_dlpack(array) for array in there.arrays()]
+
+    @torch.compile(fullgraph=True)
+    def step(k_cache, v_cache, k, v, slots):
+        pagedcache.torch.paged_caching(k_cache, v_cache, k + 1, v + 2, slots)
+
+    step(*tensors)
+    torch.cuda.synchronize()
+    case.views["k"][...] += 1
+    case.views["v"][...] += 2
+    wanted = on_cpu(case)
+    for name in ("k_cache", "v_cache"):
+        assert np.array_equal(there.buffers[name].get(), wanted[name])
+    passed = torch.library.opcheck(pagedcache.torch.paged_caching, tuple(tensors))
+    assert set(passed.values()) == {"SUCCESS"}
+
+
+def test_warmup_on_the_gpu(cupy):
+    done = pc.warmup("cuda:0")
+    assert len(done) == 6
+    device = pc.Handle("cuda:0").opened()
+    before = len(device._compiled)
+    for dtype in ("float16", "bfloat16", "float32"):
+        for slots in ("int32", "int64"):
+            for size in (1, 3, 8, 100):
+                there = simple_case(dtype=dtype, slots=slots, k_size=size).on(cupy.asarray)
+                pc.paged_caching(*there.arrays())
+    assert len(device._compiled) == before

@@ -92,3 +92,86 @@ def test_wheel_holds_what_it_should(built):
     for extra in ("cuda12", "cuda13", "test", "demo"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
+
+
+WORKS = """
+import numpy as np, pagedcache as pc
+k_cache, v_cache = np.zeros((2, 4, 1, 2, 8), np.float16)
+k = np.ones((3, 1, 8), np.float16)
+pc.paged_caching(k_cache, v_cache, k, k, np.array([6, -1, 1]))
+assert (k_cache.sum(), v_cache.sum()) == (16, 16)
+cuda = pc.backends()["cuda"]
+try:
+    import cupy
+except ImportError:
+    print("no CuPy;", cuda.usable)
+else:
+    from cupy.cuda import nvrtc
+    from pagedcache.backend.nvidia import paged_caching, source
+    for width in paged_caching.WIDTHS:
+        program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
+        name = paged_caching.instance("bfloat16", "int64", width)
+        nvrtc.addNameExpression(program, name)
+        nvrtc.compileProgram(program, ("--std=c++17", "-arch=sm_90"))
+        assert nvrtc.getCUBIN(program).startswith(b"\\x7fELF")
+    print("NVRTC", nvrtc.getVersion()[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"), [("", "no CuPy; False"), ("[cuda12]", "NVRTC 12"), ("[cuda13]", "NVRTC 13")]
+)
+def test_the_wheel_in_an_empty_environment(built, tmp_path, extra, says):
+    made = subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=False)
+    if made.returncode:
+        pytest.skip("Python's venv module is incomplete here")
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    done = subprocess.run(
+        [*install, f"{built['wheel']}{extra}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode and "No matching distribution" in done.stderr + done.stdout:
+        pytest.skip("there is no package index to install from")
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([python, "-I", "-c", WORKS], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (says, "")
+    about = subprocess.run(
+        [python, "-I", "-m", "pagedcache"], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(about.splitlines()) <= 30  # one screen
+    for words in (
+        "pagedcache 0.",
+        "Python 3.",
+        "numpy",
+        "cupy-cuda",
+        "CUDA source",
+        "cpu    usable",
+    ):
+        assert words in about
+    if extra:
+        both = subprocess.run(
+            [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True,
+            check=True,
+        ).stdout  # fmt: skip
+        assert both.count("cupy-cuda") == 1
+
+
+def test_two_cupys_are_named(tmp_path):
+    for name in ("cupy-cuda12x", "cupy-cuda13x"):
+        folder = tmp_path / f"{name.replace('-', '_')}-14.2.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 14.2.0\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import pagedcache as pc\n"
+        "from pagedcache.backend import nvidia\n"
+        "nvidia._check_driver = lambda: None\n"
+        "try: pc.Handle('cuda')\n"
+        "except pc.PagedCacheError as error: print(error.status.name, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=CHECKOUT
+    )
+    assert "needs one CuPy; uninstall all of them, then install one" in done.stdout
+    assert "cupy-cuda12x and cupy-cuda13x" in done.stdout
+    assert done.stdout.startswith("DEVICE_NOT_INITIALIZED")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ class NvidiaBackend:
         Raises
         ------
         MissingLibraryError
-            CuPy or NVRTC cannot be loaded.
+            CuPy or NVRTC cannot be loaded, or two CuPys are installed.
         DeviceNotInitializedError
             There is no usable driver, or this process was forked from one that used CUDA.
         DeviceNotFoundError
@@ -35,6 +37,7 @@ class NvidiaBackend:
         if fork.forked():
             raise DeviceNotInitializedError("backend cuda", fork.RULE)
         _check_driver()
+        _check_one_cupy()
         _count_devices()
         _check_nvrtc()
 
@@ -64,6 +67,18 @@ def _check_driver() -> None:
     except OSError as error:
         rule = f"needs the NVIDIA driver, which is not on this machine ({error})"
         raise DeviceNotInitializedError("backend cuda", rule) from error
+
+
+@functools.cache
+def _check_one_cupy() -> None:
+    """Refuse two wheels of CuPy, which overwrite each other's files and then fail anyhow."""
+    installed = {
+        distribution.metadata["Name"] for distribution in importlib.metadata.distributions()
+    }
+    wheels = sorted(name for name in installed if re.fullmatch(r"cupy(-cuda\d+x|-rocm.*)?", name))
+    if len(wheels) > 1:
+        rule = "needs one CuPy; uninstall all of them, then install one"
+        raise MissingLibraryError("backend cuda", rule, " and ".join(wheels))
 
 
 def import_cupy() -> Any:

@@ -1,0 +1,79 @@
+"""FlashInfer's ``append_paged_kv_cache``, of ``flashinfer.page`` (FlashInfer 0.6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagedcache.interface.descriptor import paged_caching
+from pagedcache.status import BadParamError, BadTensorShapeError
+
+
+def append_paged_kv_cache(
+    append_key: Any,
+    append_value: Any,
+    batch_indices: Any,
+    positions: Any,
+    paged_kv_cache: Any,
+    kv_indices: Any,
+    kv_indptr: Any,
+    kv_last_page_len: Any,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write tokens to the pages that their sequences' page tables name.
+
+    The slots are computed with the arrays' own library, in a handful of small operations that
+    allocate; callers that write many layers should compute them once and call
+    `pagedcache.paged_caching`.
+
+    Parameters
+    ----------
+    append_key, append_value : array
+        ``[num_tokens, num_kv_heads, head_size]``.
+    batch_indices : array
+        ``[num_tokens]``: which sequence each token is of; negative: padding, skipped.
+    positions : array
+        ``[num_tokens]``: where in its sequence.
+    paged_kv_cache : array or pair of arrays
+        ``[num_pages, 2, page_size, num_kv_heads, head_size]`` for ``"NHD"``,
+        ``[num_pages, 2, num_kv_heads, page_size, head_size]`` for ``"HND"``; or K and V apart,
+        without the axis of 2.
+    kv_indices : array
+        ``[num_pages_in_use]``: the pages of all sequences, one sequence after the other.
+    kv_indptr : array
+        ``[num_sequences + 1]``: where each sequence's begin in `kv_indices`.
+    kv_last_page_len : array
+        Not used: `positions` says all. It stands here for the signature's sake.
+    kv_layout : {"NHD", "HND"}
+
+    Raises
+    ------
+    BadTensorShapeError
+        `paged_kv_cache` is one array without five axes, or two without four.
+    BadParamError
+        Unknown `kv_layout`.
+    PagedCacheError
+        See `pagedcache.paged_caching`, also for streams and threads.
+    """
+    if kv_layout not in ("NHD", "HND"):
+        raise BadParamError("kv_layout", "must be one of NHD, HND", repr(kv_layout))
+    if isinstance(paged_kv_cache, (tuple, list)):
+        k_cache, v_cache = paged_kv_cache
+    elif len(paged_kv_cache.shape) == 5:
+        k_cache, v_cache = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
+    else:
+        rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays"
+        raise BadTensorShapeError("paged_kv_cache", rule, f"shape {tuple(paged_kv_cache.shape)}")
+    for name, cache in (("K", k_cache), ("V", v_cache)):
+        if len(cache.shape) != 4:
+            rule = f"must have 4 axes in its {name}"
+            raise BadTensorShapeError("paged_kv_cache", rule, f"shape {tuple(cache.shape)}")
+    page_size = k_cache.shape[2 if kv_layout == "HND" else 1]
+    used = _int64(batch_indices >= 0)  # 1, or 0 for padding, whose sequence and position are then 0
+    batch, position = _int64(batch_indices) * used, _int64(positions) * used
+    page = _int64(kv_indices[kv_indptr[batch] + position // page_size])
+    slots = (page * page_size + position % page_size) * used + (used - 1)
+    paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
+
+
+def _int64(array: Any) -> Any:
+    return array.long() if hasattr(array, "long") else array.astype("int64")

@@ -1,0 +1,50 @@
+"""SGLang's ``store_cache``, of ``sglang.jit_kernel.kvcache`` (SGLang 0.5.10)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagedcache.interface.descriptor import paged_caching
+from pagedcache.status import BadTensorShapeError
+
+
+def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> None:
+    """Write each token's row to the row of the pool that `indices` names.
+
+    Differs where an index is bad: a negative one is skipped and one past the end is skipped too,
+    where SGLang stops the GPU. Row 0 is a row like any other.
+
+    Parameters
+    ----------
+    k, v : array
+        ``[num_tokens, ...]``: one row a token, as ``[row]`` or ``[num_kv_heads, head_size]``.
+    k_cache, v_cache : array
+        ``[num_rows, ...]``: the same axes behind the first.
+    indices : array
+        ``[num_tokens]``, int64 or int32.
+
+    Raises
+    ------
+    BadTensorShapeError
+        An array has neither two nor three axes.
+    PagedCacheError
+        See `pagedcache.paged_caching`, also for streams and threads.
+    """
+    paged_caching(
+        _pool("k_cache", k_cache), _pool("v_cache", v_cache), _rows("k", k), _rows("v", v), indices,
+        layout="NHD",
+    )  # fmt: skip
+
+
+def _rows(name: str, array: Any) -> Any:
+    """Return ``[tokens, heads, size]``; a flat row is one head."""
+    axes = len(array.shape)
+    if axes not in (2, 3):
+        rule = "must have 2 or 3 axes [rows, (num_kv_heads,) size]"
+        raise BadTensorShapeError(name, rule, f"shape {tuple(array.shape)}")
+    return array if axes == 3 else array[:, None]
+
+
+def _pool(name: str, array: Any) -> Any:
+    """Return ``[blocks, 1, heads, size]``: each row is a block of one slot."""
+    return _rows(name, array)[:, None]

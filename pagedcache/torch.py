@@ -1,0 +1,58 @@
+"""The operator for PyTorch's compiler: ``torch.ops.pagedcache.paged_caching``.
+
+Eager code needs none of this, since `pagedcache.paged_caching` takes tensors as they are. Importing
+this module registers the operator with what ``torch.compile`` and ``torch.export`` must know: that
+it writes to both caches and returns nothing. Imported only when asked for; needs PyTorch 2.4.
+
+Examples
+--------
+>>> import torch
+>>> import pagedcache.torch
+>>> @torch.compile(fullgraph=True, backend="eager")
+... def step(k_cache, v_cache, k, v, slots):
+...     pagedcache.torch.paged_caching(k_cache, v_cache, k * 2, v, slots)
+>>> k_cache, v_cache = torch.zeros(2, 4, 1, 2, 8)
+>>> step(k_cache, v_cache, torch.ones(3, 1, 8), torch.ones(3, 1, 8), torch.tensor([6, -1, 1]))
+>>> k_cache[:, 0, :, 0].tolist()
+[[0.0, 2.0], [0.0, 0.0], [0.0, 0.0], [2.0, 0.0]]
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pagedcache.interface.descriptor import paged_caching as _paged_caching
+
+NAME = "pagedcache::paged_caching"
+
+torch.library.define(
+    NAME,
+    "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping, "
+    "str layout='HND', str on_invalid='skip') -> ()",
+)
+
+
+def _write(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: str = "HND",
+    on_invalid: str = "skip",
+) -> None:
+    _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
+
+
+def _write_nothing(*_: object, **__: object) -> None:
+    """Stand in where tensors have no memory; there is no result whose shape must be told."""
+
+
+torch.library.impl(NAME, ("cpu", "cuda"), _write)
+torch.library.register_fake(NAME, _write_nothing)
+
+paged_caching = torch.ops.pagedcache.paged_caching.default
+"""``(k_cache, v_cache, k, v, slot_mapping, layout="HND", on_invalid="skip")``, as `paged_caching`.
+
+Runs on PyTorch's current stream. ``on_invalid="raise"`` waits, so it cannot be captured.
+"""

@@ -1,0 +1,103 @@
+"""The functions of other projects, against what each is documented to do, one token at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import pagedcache as pc
+from pagedcache.compat.flashinfer import append_paged_kv_cache
+from pagedcache.compat.sglang import store_cache
+from pagedcache.compat.vllm import reshape_and_cache_flash
+
+
+def as_numpy(array):
+    return array
+
+
+def as_torch(array):
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(array)
+
+
+libraries = pytest.mark.parametrize("of", [as_numpy, as_torch])
+
+
+def rows(tokens=6, heads=2, size=8):
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal((tokens, heads, size)).astype(np.float32) for _ in "kv"]
+
+
+@libraries
+@pytest.mark.parametrize("memory", ["NHD", "HND"])
+def test_vllm(of, memory):
+    k, v = rows()
+    caches = np.zeros((2, 5, 4, 2, 8), np.float32)
+    if memory == "HND":  # the same axes over another order in memory
+        caches = np.zeros((2, 5, 2, 4, 8), np.float32).transpose(0, 1, 3, 2, 4)
+    slots = np.array([3, 19, -1, 0, 7])  # padded: fewer than rows
+    wanted = caches.copy()
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            wanted[0][slot // 4, slot % 4], wanted[1][slot // 4, slot % 4] = k[token], v[token]
+    arrays = (of(k), of(v), of(caches[0]), of(caches[1]), of(slots))
+    reshape_and_cache_flash(*arrays, "auto", of(np.ones(1)), of(np.ones(1)))
+    assert np.array_equal(caches, wanted)
+    reshape_and_cache_flash(*arrays)
+    for dtype in ("fp8", "fp8_e5m2", "int8", "nvfp4"):
+        with pytest.raises(NotImplementedError, match="kv_cache_dtype must be 'auto'") as caught:
+            reshape_and_cache_flash(*arrays, kv_cache_dtype=dtype)
+        assert caught.value.status == pc.Status.NOT_IMPLEMENTED
+
+
+@libraries
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("indices", [np.int32, np.int64])
+def test_sglang(of, flat, indices):
+    k, v = rows()
+    caches = np.zeros((2, 30, 2, 8), np.float32)
+    if flat:
+        k, v, caches = k.reshape(6, 16), v.reshape(6, 16), caches.reshape(2, 30, 16)
+    where = np.array([29, 0, 3, -1, 4, 30], indices)
+    wanted = caches.copy()
+    wanted[0][[29, 0, 3, 4]], wanted[1][[29, 0, 3, 4]] = k[[0, 1, 2, 4]], v[[0, 1, 2, 4]]
+    store_cache(of(k), of(v), of(caches[0]), of(caches[1]), of(where))
+    assert np.array_equal(caches, wanted)
+    with pytest.raises(ValueError, match="k must have 2 or 3 axes") as caught:
+        store_cache(of(k[None, None]), of(v), of(caches[0]), of(caches[1]), of(where))
+    assert caught.value.status == pc.Status.BAD_TENSOR_SHAPE
+
+
+@libraries
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_flashinfer(of, layout, apart):
+    page_size = 4
+    tables = [[5, 2], [7], [1, 0, 6]]
+    kv_indices = np.concatenate(tables).astype(np.int32)
+    kv_indptr = np.array([0, 2, 3, 6], np.int32)
+    batch = np.array([0, 2, 1, 2, -1, 0], np.int32)
+    positions = np.array([4, 11, 0, 5, -1, 3], np.int32)
+    last = np.array([1, 4, 4], np.int32)
+    k, v = rows()
+    shape = (9, 2, page_size, 2, 8) if layout == "NHD" else (9, 2, 2, page_size, 8)
+    pages = np.zeros(shape, np.float32)
+    wanted = pages.copy()
+    for token, (sequence, position) in enumerate(zip(batch, positions, strict=True)):
+        if sequence >= 0:
+            page, offset = tables[sequence][position // page_size], position % page_size
+            for plane, source in enumerate((k, v)):
+                target = wanted[page, plane]
+                target = target[offset] if layout == "NHD" else target[:, offset]
+                target[...] = source[token]
+    given = (of(pages[:, 0]), of(pages[:, 1])) if apart else of(pages)
+    sources = (of(k), of(v), of(batch), of(positions))
+    append_paged_kv_cache(
+        *sources, given, of(kv_indices), of(kv_indptr), of(last), kv_layout=layout
+    )
+    assert np.array_equal(pages, wanted)
+    for bad in (of(pages[0]), (of(pages[0, 0]), of(pages[0, 1]))):
+        with pytest.raises(ValueError, match="paged_kv_cache must have"):
+            append_paged_kv_cache(*sources, bad, of(kv_indices), of(kv_indptr), of(last))
+    with pytest.raises(ValueError, match="kv_layout must be one of NHD, HND"):
+        append_paged_kv_cache(*sources, given, of(kv_indices), of(kv_indptr), of(last), "DHN")

@@ -1,0 +1,96 @@
+"""The operator as torch sees it, and tensors in and out of compiled code."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+from layouts import expected, same, simple_case
+from test_arrays import torch_view
+
+import pagedcache as pc
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def op():
+    import pagedcache.torch
+
+    return pagedcache.torch.paged_caching
+
+
+def tensors(case):
+    return [torch_view(view) for view in case.arrays()]
+
+
+def test_writes(op):
+    for layout in ("HND", "NHD"):
+        case = simple_case(layout=layout)
+        wanted = expected(case)
+        assert op(*tensors(case), layout) is None
+        same(case, wanted)
+        op(*tensors(case), layout=layout, on_invalid="raise")
+    case.views["slot_mapping"][3] = 28
+    with pytest.raises(pc.InvalidSlotError, match="token 3"):
+        op(*tensors(case), layout="NHD", on_invalid="raise")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("slots", ["int32", "int64"])
+def test_opcheck(op, dtype, slots):
+    case = simple_case(dtype=dtype, slots=slots)
+    for name in ("k", "v", "k_cache", "v_cache"):
+        case.views[name][...] = 1  # it compares, and NaN is not equal to itself
+    passed = torch.library.opcheck(op, tuple(tensors(case)))
+    assert set(passed.values()) == {"SUCCESS"}
+    assert len(passed) >= 4
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_whole(op, backend):
+    case = simple_case(dtype="float32")
+    for name in ("k", "v", "k_cache", "v_cache"):
+        case.views[name][...] = len(name)
+    wanted = expected(case)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(stacked, k, v, slots):
+        op(stacked[0], stacked[1], k + 0, v, slots)
+        return stacked.sum()
+
+    k_cache, v_cache, k, v, slots = tensors(case)
+    stacked = torch.stack([k_cache, v_cache])
+    assert torch.equal(step(stacked, k, v, slots), stacked.sum())
+    case.views["k_cache"][...], case.views["v_cache"][...] = stacked.numpy()
+    same(case, wanted)
+
+
+def test_exports(op):
+    class Step(torch.nn.Module):
+        def forward(self, k_cache, v_cache, k, v, slots):
+            op(k_cache, v_cache, k, v, slots)
+            return k_cache[0]
+
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    program = torch.export.export(Step(), tuple(tensors(case)))
+    assert "pagedcache.paged_caching" in str(program.graph)
+    program.module()(*tensors(case))
+    same(case, wanted)
+
+
+def test_the_docstring():
+    import pagedcache.torch
+
+    assert doctest.testmod(pagedcache.torch).failed == 0
+
+
+def test_is_imported_only_when_asked_for():
+    program = "import sys, pagedcache, pagedcache.compat.vllm; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
