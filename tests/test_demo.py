@@ -325,13 +325,14 @@ def smollm2(smollm2_path):
 )
 def test_tokens(smollm2, text, ids):
     assert smollm2.tokens(text) == ids
+    assert smollm2.text(ids) == re.sub(r"<\|im_\w+\|>", "", text)
 
 
 def test_k_and_v_of_the_first_layer(smollm2):
     ids = [504, 3575, 282, 4649, 314]
     k, v = smollm2.k_and_v(ids)
     assert k.shape == v.shape == (5, 3, 64)
-    x = smollm2._tensor("token_embd.weight")[ids].astype(np.float64)
+    x = smollm2.tensor("token_embd.weight")[ids].astype(np.float64)
     for place, row in enumerate(x):
         row = row / np.sqrt((row**2).mean() + 1e-5) * smollm2._norm
         np.testing.assert_allclose(v[place].ravel(), smollm2._v @ row, rtol=1e-3, atol=1e-4)

@@ -62,15 +62,15 @@ class FirstLayer:
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             self._expect("general.architecture", "llama")
             self._expect("tokenizer.ggml.pre", "smollm")  # other models split text otherwise
-            self.num_kv_heads: int = self._field("llama.attention.head_count_kv")
-            self.head_size: int = self._field("llama.rope.dimension_count")
-            self._epsilon: float = self._field("llama.attention.layer_norm_rms_epsilon")
-            self._base: float = self._field("llama.rope.freq_base")
-            self._norm = self._tensor("blk.0.attn_norm.weight")
-            self._tensor("token_embd.weight", [0])  # fails here if at all
+            self.num_kv_heads: int = self.field("llama.attention.head_count_kv")
+            self.head_size: int = self.field("llama.rope.dimension_count")
+            self._epsilon: float = self.field("llama.attention.layer_norm_rms_epsilon")
+            self._base: float = self.field("llama.rope.freq_base")
+            self._norm = self.tensor("blk.0.attn_norm.weight")
+            self.tensor("token_embd.weight", [0])  # fails here if at all
             shape = (self.num_kv_heads * self.head_size, len(self._norm))
-            self._k = self._tensor("blk.0.attn_k.weight").reshape(shape)
-            self._v = self._tensor("blk.0.attn_v.weight").reshape(shape)
+            self._k = self.tensor("blk.0.attn_k.weight").reshape(shape)
+            self._v = self.tensor("blk.0.attn_v.weight").reshape(shape)
             self._tokenizer = self._make_tokenizer()
         except Exception as error:  # a damaged file can fail anywhere, in gguf and in tokenizers
             why = f"there is no {error}" if isinstance(error, KeyError) else error
@@ -83,9 +83,26 @@ class FirstLayer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def text(self, ids: list[int]) -> str:
+        """Return the text of token ids, control tokens left out."""
+        text: str = self._tokenizer.decode(ids)
+        return text
+
+    def field(self, name: str) -> Any:
+        """Return a metadata field of the file, such as ``llama.block_count``."""
+        return self._fields[name].contents()
+
+    def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
+        """Return a tensor of the file, or some of its rows, dequantised."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        data = tensor.data if rows is None else tensor.data[rows]
+        return np.asarray(dequantize(data, tensor.tensor_type), np.float32)
+
     def k_and_v(self, tokens: list[int]) -> tuple[Floats, Floats]:
         """Return K and V of a text's tokens, ``[tokens, num_kv_heads, head_size]``, float32."""
-        x = self._tensor("token_embd.weight", tokens)
+        x = self.tensor("token_embd.weight", tokens)
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self._epsilon)) * self._norm
         shape = (len(tokens), self.num_kv_heads, self.head_size)
         return self._rotated((x @ self._k.T).reshape(shape)), (x @ self._v.T).reshape(shape)
@@ -99,28 +116,18 @@ class FirstLayer:
         rotated = np.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
         return rotated.reshape(k.shape)
 
-    def _field(self, name: str) -> Any:
-        return self._fields[name].contents()
-
     def _expect(self, name: str, value: str) -> None:
-        if self._field(name) != value:
-            raise ValueError(f"{name} is {self._field(name)!r}, not {value!r}")
-
-    def _tensor(self, name: str, rows: list[int] | None = None) -> Floats:
-        from gguf.quants import dequantize
-
-        tensor = self._tensors[name]
-        data = tensor.data if rows is None else tensor.data[rows]
-        return np.asarray(dequantize(data, tensor.tensor_type), np.float32)
+        if self.field(name) != value:
+            raise ValueError(f"{name} is {self.field(name)!r}, not {value!r}")
 
     def _make_tokenizer(self) -> Any:
         from gguf import TokenType
-        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        pieces = self._field("tokenizer.ggml.tokens")
-        kinds = self._field("tokenizer.ggml.token_type")
+        pieces = self.field("tokenizer.ggml.tokens")
+        kinds = self.field("tokenizer.ggml.token_type")
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        merges = [tuple(pair.split(" ", 1)) for pair in self._field("tokenizer.ggml.merges")]
+        merges = [tuple(pair.split(" ", 1)) for pair in self.field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         # The pre-tokenizer that GGUF calls "smollm": digits one by one, then bytes as GPT-2 does.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -129,6 +136,7 @@ class FirstLayer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
+        tokenizer.decoder = decoders.ByteLevel()
         # Control tokens such as <|im_start|> are found in the text before it is split.
         tokenizer.add_special_tokens(
             [
