@@ -1,0 +1,168 @@
+"""Pictures of a paged cache: the pool, the block tables, a slot mapping. Needs matplotlib.
+
+Nothing else in this package imports this module. A sequence has the same colour in all pictures if
+it has the same place in all mappings, so keep sequences that ended, with an empty table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import pyplot
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Patch, Rectangle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FREE, SHARED, WRITTEN = "white", "tab:gray", "tab:blue"
+INVALID = "tab:red"
+# Without gray and red, which mean something else here.
+_SEQUENCES = ("blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan")
+
+Tables = Mapping[str, Sequence[int]]
+
+
+def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None = None) -> Axes:
+    """Draw the blocks of a pool as a grid: a colour for each sequence, shared ones, free ones.
+
+    Parameters
+    ----------
+    tables : mapping of str to sequence of int
+        The block table of each sequence, by its name.
+    num_blocks : int
+        Size of the pool.
+    columns : int
+        Blocks in a row of the grid.
+    ax : matplotlib.axes.Axes, optional
+        Not given: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    rows = -(-num_blocks // columns)
+    ax = _axes(ax, columns, rows)
+    colours = _colours(tables)
+    holders = Counter(block for table in tables.values() for block in table)
+    owner = {block: name for name, table in tables.items() for block in table}
+    for block in range(num_blocks):
+        held = holders[block]
+        colour = SHARED if held > 1 else colours[owner[block]] if held else FREE
+        row, column = divmod(block, columns)
+        _cell(ax, column, row, str(block), colour)
+    legend = {name: colours[name] for name, table in tables.items() if len(table)}
+    if max(holders.values(), default=0) > 1:
+        legend["shared"] = SHARED
+    _legend(ax, {**legend, "free": FREE})
+    ax.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    ax.set_title(f"{len(holders)} of {num_blocks} blocks in use")
+    return ax
+
+
+def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
+    """Draw block tables, one row a sequence: which block holds its tokens, in their order.
+
+    Parameters
+    ----------
+    tables : mapping of str to sequence of int
+        The block table of each sequence, by its name. Blocks in several tables are shared.
+    ax : matplotlib.axes.Axes, optional
+        Not given: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    columns = max(1, *map(len, tables.values())) if tables else 1
+    ax = _axes(ax, columns, len(tables))
+    colours = _colours(tables)
+    holders = Counter(block for table in tables.values() for block in table)
+    for row, (name, table) in enumerate(tables.items()):
+        for column, block in enumerate(table):
+            _cell(ax, column, row, str(block), SHARED if holders[block] > 1 else colours[name])
+    ax.set(xlim=(0, columns), ylim=(max(len(tables), 1), 0), xlabel="entry of the block table")
+    ax.set_xticks([column + 0.5 for column in range(columns)], [str(i) for i in range(columns)])
+    ax.set_yticks([row + 0.5 for row in range(len(tables))], list(tables))
+    return ax
+
+
+def slot_mapping(
+    slots: Iterable[int], block_size: int, num_blocks: int, *, ax: Axes | None = None
+) -> Axes:
+    """Draw where tokens go: a row for each block that is written, a column for each offset.
+
+    Tokens that go nowhere stand in rows of their own below: padding has a negative slot and is
+    skipped, an invalid slot is past the end of the cache and is never written.
+
+    Parameters
+    ----------
+    slots : iterable of int
+        The slot of each token.
+    block_size, num_blocks : int
+        Of the cache.
+    ax : matplotlib.axes.Axes, optional
+        Not given: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    tokens = [(token, int(slot)) for token, slot in enumerate(slots)]
+    valid = {slot: token for token, slot in tokens if 0 <= slot < num_blocks * block_size}
+    blocks = sorted({slot // block_size for slot in valid})
+    outside = {
+        "padding": [token for token, slot in tokens if slot < 0],
+        "invalid": [token for token, slot in tokens if slot >= num_blocks * block_size],
+    }
+    outside = {kind: found for kind, found in outside.items() if found}
+    labels = [f"block {block}" for block in blocks] + list(outside)
+    columns = max(block_size, *map(len, outside.values())) if outside else block_size
+    ax = _axes(ax, columns, len(labels))
+    for row, block in enumerate(blocks):
+        for offset in range(block_size):
+            writer = valid.get(block * block_size + offset)
+            text = "" if writer is None else f"t{writer}"
+            _cell(ax, offset, row, text, FREE if writer is None else WRITTEN)
+    for row, (kind, found) in enumerate(outside.items(), len(blocks)):
+        for column, token in enumerate(found):
+            if kind == "padding":
+                _cell(ax, column, row, f"t{token}", FREE, hatch="////")
+            else:
+                _cell(ax, column, row, f"t{token}", INVALID)
+    ax.set(xlim=(0, columns), ylim=(max(len(labels), 1), 0), xlabel="offset in the block")
+    ax.set_xticks([i + 0.5 for i in range(block_size)], [str(i) for i in range(block_size)])
+    ax.set_yticks([row + 0.5 for row in range(len(labels))], labels)
+    return ax
+
+
+def _axes(ax: Axes | None, columns: int, rows: int) -> Axes:
+    if ax is None:
+        _, ax = pyplot.subplots(figsize=(1.2 + 0.45 * columns, 0.9 + 0.45 * max(rows, 1)))
+    ax.set_aspect("equal")
+    return ax
+
+
+def _colours(tables: Tables) -> dict[str, str]:
+    names = _SEQUENCES * (len(tables) // len(_SEQUENCES) + 1)
+    return {name: f"tab:{colour}" for name, colour in zip(tables, names, strict=False)}
+
+
+def _cell(ax: Axes, column: int, row: int, text: str, colour: str, hatch: str = "") -> None:
+    style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5}
+    ax.add_patch(Rectangle((column, row), 1, 1, hatch=hatch, **style))
+    ink = "black" if sum(to_rgba(colour)[:3]) > 1.6 else "white"
+    # Over a hatch, text needs a ground of its own.
+    box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch else None
+    at = {"ha": "center", "va": "center"}
+    ax.text(column + 0.5, row + 0.5, text, fontsize=7, color=ink, bbox=box, **at)
+
+
+def _legend(ax: Axes, colours: Mapping[str, str]) -> None:
+    patches = [
+        Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=name)
+        for name, colour in colours.items()
+    ]
+    ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
