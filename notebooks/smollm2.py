@@ -1,0 +1,369 @@
+"""SmolLM2-135M on a paged KV cache, small enough to read: NumPy on the CPU, CuPy on a GPU.
+
+A step has a fixed number of rows, each one token of some sequence. Each row brings a token id, its
+position, the slot that its K and V are written to, and the block table of its sequence; a row that
+is not needed has slot -1. A prompt is a sequence with many tokens to compute, a decoding sequence
+one with a single token, so the same step does prefill and decode, and mixes them. Shapes never
+change and inputs are refilled in place, so on a GPU one CUDA graph holds the whole step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+import pagedcache as pc
+from pagedcache.demo.pool import PADDING, Pool, Sequence
+
+if TYPE_CHECKING:
+    from pagedcache.demo.model import FirstLayer
+
+Array = Any  # of NumPy or CuPy
+Row = tuple["Request", int, int]  # a token to compute: of whom, its position, its slot
+
+
+class Layer(NamedTuple):
+    """Weights of one layer; matrices are [outputs, inputs]."""
+
+    attention_norm: Array
+    qkv: Array
+    output: Array
+    feed_forward_norm: Array
+    gate_up: Array
+    down: Array
+
+
+class Model:
+    """The weights, and the forward pass in float32.
+
+    Parameters
+    ----------
+    source : FirstLayer
+        The model file.
+    xp : module
+        ``numpy`` or ``cupy``.
+    context : int
+        Positions that are served.
+    """
+
+    def __init__(self, source: FirstLayer, xp: Any, context: int) -> None:
+        def load(*names: str) -> Array:
+            return xp.asarray(np.concatenate([source.tensor(f"{name}.weight") for name in names]))
+
+        def layer(block: str) -> Layer:
+            return Layer(
+                load(f"{block}.attn_norm"),
+                load(f"{block}.attn_q", f"{block}.attn_k", f"{block}.attn_v"),
+                load(f"{block}.attn_output"),
+                load(f"{block}.ffn_norm"),
+                load(f"{block}.ffn_gate", f"{block}.ffn_up"),
+                load(f"{block}.ffn_down"),
+            )
+
+        self.xp = xp
+        self.context = context
+        self.heads: int = source.field("llama.attention.head_count")
+        self.kv_heads = source.num_kv_heads
+        self.head_size = source.head_size
+        self.end: int = source.field("tokenizer.ggml.eos_token_id")
+        self.epsilon: float = source.field("llama.attention.layer_norm_rms_epsilon")
+        self.embedding = load("token_embd")  # and, transposed, the last matrix
+        self.layers = [layer(f"blk.{i}") for i in range(source.field("llama.block_count"))]
+        self.norm = load("output_norm")
+        # The rotary embedding turns pair i of position p by p * base^(-2i / head_size): one complex
+        # number each, since the two of a pair are neighbours in this file.
+        exponents = np.arange(0, self.head_size, 2) / self.head_size
+        angles = np.arange(context)[:, None] * source.field("llama.rope.freq_base") ** -exponents
+        self.turns = xp.asarray(np.exp(1j * angles).astype(np.complex64))
+        self.places = xp.arange(context)
+        self.product = np_product if xp is np else make_cupy_product()
+
+    def forward(
+        self, ids: Array, positions: Array, slots: Array, tables: Array, cache: PagedCache
+    ) -> Array:
+        """Write K and V of each row to its slot; return the logits of the token after it."""
+        x = self.embedding[ids]
+        turns = self.turns[positions][:, None, :]
+        hidden = (self.places > positions[:, None])[:, None, None, :]
+        for i, layer in enumerate(self.layers):
+            qkv = self.product(self._normed(x, layer.attention_norm), layer.qkv)
+            q, k, v = self._split(qkv, turns)
+            cache.write(i, k, v, slots)
+            keys, values = cache.read(i, tables)
+            mixed = self._attention(q, keys, values, hidden)
+            x = x + self.product(mixed, layer.output)
+            gate_up = self.product(self._normed(x, layer.feed_forward_norm), layer.gate_up)
+            gate, up = self.xp.split(gate_up, 2, axis=-1)
+            x = x + self.product(gate * self._sigmoid(gate) * up, layer.down)
+        return self.product(self._normed(x, self.norm), self.embedding)
+
+    def _normed(self, x: Array, weight: Array) -> Array:
+        square = (x * x).mean(-1, keepdims=True)
+        return x / self.xp.sqrt(square + np.float32(self.epsilon)) * weight
+
+    def _sigmoid(self, x: Array) -> Array:
+        half = np.float32(0.5)
+        return half + half * self.xp.tanh(half * x)  # never overflows
+
+    def _split(self, qkv: Array, turns: Array) -> tuple[Array, Array, Array]:
+        """Return Q and K, both rotated, and V, which stays a slice of `qkv`."""
+        rows, heads, size = len(qkv), self.heads, self.head_size
+        both = (heads + self.kv_heads) * size
+        pairs = self.xp.ascontiguousarray(qkv[:, :both]).reshape(rows, -1, size).view(np.complex64)
+        turned = (pairs * turns).view(np.float32)
+        v = qkv[:, both:].reshape(rows, self.kv_heads, size)
+        return turned[:, :heads], turned[:, heads:], v
+
+    def _attention(self, q: Array, keys: Array, values: Array, hidden: Array) -> Array:
+        """Let each row look at its own sequence, up to its own position."""
+        xp, rows = self.xp, len(q)
+        # Query heads in groups: each group has one KV head.
+        q = q.reshape(rows, self.kv_heads, -1, self.head_size) * np.float32(self.head_size**-0.5)
+        scores = self.product(q, keys.transpose(0, 2, 1, 3))
+        scores = xp.where(hidden, np.float32(-np.inf), scores)
+        weights = xp.exp(scores - scores.max(-1, keepdims=True))
+        weights = weights / weights.sum(-1, keepdims=True)
+        return self.product(weights, values.transpose(0, 2, 3, 1)).reshape(rows, -1)
+
+
+def np_product(x: Array, matrix: Array) -> Array:
+    """Return ``x @ matrix.T``, for each matrix of a stack."""
+    return np.matmul(x, np.swapaxes(matrix, -1, -2))
+
+
+def make_cupy_product() -> Any:
+    """Return the same for CuPy, by a kernel of our own: CuPy captures no call into cuBLAS."""
+    import cupy
+
+    dot = cupy.ReductionKernel("T x, T y", "T z", "x * y", "a + b", "z = a", "0", "smollm2_dot")
+    return lambda x, matrix: dot(x[..., :, None, :], matrix[..., None, :, :], axis=-1)
+
+
+class PagedCache:
+    """K and V of all layers in blocks, ``[layers, blocks, block size, KV heads, head size]``."""
+
+    def __init__(self, model: Model, num_blocks: int, block_size: int) -> None:
+        shape = (len(model.layers), num_blocks, block_size, model.kv_heads, model.head_size)
+        self.k, self.v = (model.xp.zeros(shape, np.float32) for _ in "kv")
+        self.block_bytes: int = (self.k.nbytes + self.v.nbytes) // num_blocks
+        self.descriptor: pc.Descriptor | None = None
+
+    def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
+        """Write K and V, ``[rows, KV heads, head size]``, of one layer."""
+        arrays = (self.k[layer], self.v[layer], k, v, slots)
+        if self.descriptor is None:  # one serves all layers and steps
+            self.descriptor = pc.Descriptor.create(*arrays, layout="NHD")
+        self.descriptor.calculate(*arrays)
+
+    def read(self, layer: int, tables: Array) -> tuple[Array, Array]:
+        """Return K and V of whole sequences, ``[rows, context, KV heads, head size]``."""
+        shape = (len(tables), -1, *self.k.shape[-2:])
+        return self.k[layer][tables].reshape(shape), self.v[layer][tables].reshape(shape)
+
+
+class DenseCache(PagedCache):
+    """The same with one block as long as the context for each sequence, written by indexing."""
+
+    def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
+        """Write K and V of one layer, without this package's operator."""
+        used = slots >= 0
+        for cache, rows in ((self.k, k), (self.v, v)):
+            cache[layer].reshape(-1, *rows.shape[1:])[slots[used]] = rows[used]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, and what was generated after it.
+
+    Attributes
+    ----------
+    name : str
+    ids : list of int
+        Tokens of the prompt, then those generated.
+    prompt, limit : int
+        How many tokens the prompt has, and how many there may be in all.
+    row : int
+        Where in the last step its next token was predicted.
+    """
+
+    name: str
+    ids: list[int]
+    prompt: int
+    limit: int
+    row: int = -1
+    sequence: Sequence = field(default_factory=lambda: Sequence(""))
+
+    @property
+    def generated(self) -> list[int]:
+        """Tokens after the prompt."""
+        return self.ids[self.prompt :]
+
+
+class Engine:
+    """Continuous batching: each step, the running sequences first, then new ones while they fit.
+
+    Parameters
+    ----------
+    model : Model
+    num_blocks, block_size : int
+        The pool. Dense: how many sequences; the block size is the model's context.
+    rows : int
+        Tokens of a step.
+    dense : bool
+        Keep a `DenseCache`, for comparison.
+    graph : bool
+        Capture the step in a CUDA graph; CuPy only, and not with a dense cache.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        block_size: int = 16,
+        rows: int = 16,
+        *,
+        dense: bool = False,
+        graph: bool = False,
+    ) -> None:
+        xp = self.xp = model.xp
+        block_size = model.context if dense else block_size
+        if model.context % block_size:
+            raise ValueError(f"context {model.context} must be a multiple of {block_size}")
+        self.model = model
+        self.cache = (DenseCache if dense else PagedCache)(model, num_blocks, block_size)
+        self.pool = Pool(num_blocks, block_size, 0, np.random.default_rng(0))
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.peak = 0  # blocks
+        entries = model.context // block_size
+        # One array on the host and one on the device, so that a step has one copy.
+        self._host = np.zeros((3 + entries) * rows, np.int64)
+        self._device = xp.asarray(self._host)
+        self._host_parts = _parts(self._host, rows)
+        self._device_parts = _parts(self._device, rows)
+        self.logits = xp.zeros((rows, len(model.embedding)), np.float32)
+        self.tokens = xp.zeros(rows, np.int64)
+        self._stream: Any = nullcontext()
+        self._run = self._forward
+        if graph:
+            self._capture()
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences hold."""
+        return self.pool.num_blocks - len(self.pool.free)
+
+    def submit(self, name: str, ids: list[int], new_tokens: int) -> Request:
+        """Queue a prompt for at most `new_tokens` tokens."""
+        request = Request(name, list(ids), len(ids), len(ids) + new_tokens)
+        blocks = self._blocks(request)
+        if request.limit > self.model.context or blocks > self.pool.num_blocks:
+            raise ValueError(f"{name} is too long: {request.limit} tokens in {blocks} blocks")
+        self.waiting.append(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """Compute one token in each row; return the requests that ended."""
+        rows = self._schedule()
+        self._fill(rows)
+        with self._stream:
+            self._device[...] = self.xp.asarray(self._host)
+            self._run()
+            tokens = self.tokens.tolist()
+        ended = []
+        for row, (request, position, _) in enumerate(rows):
+            if position == len(request.ids) - 1:  # all that is known of it was computed
+                request.row = row
+                request.ids.append(tokens[row])
+                if tokens[row] == self.model.end or len(request.ids) == request.limit:
+                    ended.append(request)
+        for request in ended:
+            self.running.remove(request)
+            self.pool.release(request.sequence)
+        return ended
+
+    def _schedule(self) -> list[Row]:
+        rows: list[Row] = []
+        for request in self.running:
+            self._take(request, rows)
+        while self.waiting and len(rows) < len(self.tokens) and self._admit(self.waiting[0]):
+            self._take(self.waiting.popleft(), rows)
+        self.peak = max(self.peak, self.used)
+        return rows
+
+    def _take(self, request: Request, rows: list[Row]) -> None:
+        """Give a request's next tokens rows and slots, as far as there are rows."""
+        start = request.sequence.length
+        count = min(len(request.ids) - start, len(self.tokens) - len(rows))
+        slots = self.pool.extend(request.sequence, count).tolist()
+        rows += [(request, start + i, slot) for i, slot in enumerate(slots)]
+
+    def _admit(self, request: Request) -> bool:
+        """Start a request on the blocks that it has in common with a running one, if it fits.
+
+        Blocks filled in this very step can be shared: in each layer all rows write, then all read.
+        """
+        parent, common = None, 0
+        for other in self.running:
+            same = common_prefix(other.ids, request.ids[:-1])  # the last token must be computed
+            if min(same, other.sequence.length) > common:
+                parent, common = other.sequence, min(same, other.sequence.length)
+        request.sequence = self.pool.add(request.name, parent, common)
+        # Nobody is admitted who could run out of blocks later.
+        missing = (
+            self._blocks(each) - len(each.sequence.block_table) for each in [*self.running, request]
+        )
+        if sum(missing) > len(self.pool.free):
+            self.pool.release(request.sequence)
+            return False
+        self.running.append(request)
+        return True
+
+    def _blocks(self, request: Request) -> int:
+        return -(-(request.limit - 1) // self.pool.block_size)  # the last token is never fed
+
+    def _fill(self, rows: list[Row]) -> None:
+        ids, positions, slots, tables = self._host_parts
+        self._host[:] = 0
+        slots[:] = PADDING
+        for row, (request, position, slot) in enumerate(rows):
+            ids[row], positions[row], slots[row] = request.ids[position], position, slot
+            table = request.sequence.block_table
+            tables[row, : len(table)] = table
+
+    def _forward(self) -> None:
+        self.logits[...] = self.model.forward(*self._device_parts, self.cache)
+        self.tokens[...] = self.logits.argmax(-1)
+
+    def _capture(self) -> None:
+        """Record one step; from then on a step is one launch."""
+        import cupy
+
+        self._host_parts[2][:] = PADDING
+        self._device[...] = cupy.asarray(self._host)
+        cupy.cuda.Device().synchronize()  # weights came on another stream
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # Memory of the graph's own: what it uses between steps, nobody else may be given.
+        self._memory = cupy.cuda.MemoryPool()
+        with self._stream, cupy.cuda.using_allocator(self._memory.malloc):
+            self._forward()  # compiles, makes the descriptor, and fills the pool
+            self._stream.begin_capture()
+            self._forward()
+            graph = self._stream.end_capture()
+        self._run = lambda: graph.launch(self._stream)
+
+
+def _parts(inputs: Array, rows: int) -> tuple[Array, Array, Array, Array]:
+    """Return ids, positions, slots and block tables, which lie one behind the other."""
+    ids, positions, slots = inputs[: 3 * rows].reshape(3, rows)
+    return ids, positions, slots, inputs[3 * rows :].reshape(rows, -1)
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two lists begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
