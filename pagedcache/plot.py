@@ -156,8 +156,8 @@ def _cell(ax: Axes, column: int, row: int, text: str, colour: str, hatch: str = 
     ink = "black" if sum(to_rgba(colour)[:3]) > 1.6 else "white"
     # Over a hatch, text needs a ground of its own.
     box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch else None
-    at = {"ha": "center", "va": "center"}
-    ax.text(column + 0.5, row + 0.5, text, fontsize=7, color=ink, bbox=box, **at)
+    drawn = ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, bbox=box)
+    drawn.set_fontsize(7)
 
 
 def _legend(ax: Axes, colours: Mapping[str, str]) -> None:
