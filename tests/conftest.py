@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before NumPy is imported, and for the notebooks too: one thread adds in one order on any machine,
+# and several wait for each other very long where cores are shared.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import shutil
 
 import host_device
