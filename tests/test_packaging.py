@@ -89,7 +89,7 @@ def test_wheel_holds_what_it_should(built):
         "numpy",
     ]
     assert not [need for need in needs if re.match(r"cupy\b(?!-cuda)", need)]
-    for extra in ("cuda12", "cuda13", "test", "demo"):
+    for extra in ("cuda12", "cuda13", "test", "demo", "notebook"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
 
