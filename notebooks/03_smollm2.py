@@ -1,0 +1,223 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. A whole model on a paged cache
+#
+# SmolLM2-135M answers five questions with its K and V in blocks: 30 layers, written by this
+# package's operator and read back through block tables. The model and the engine are in
+# `smollm2.py` beside this notebook. The model is fetched once, 93 MB.
+
+# %%
+import os
+import time
+
+# Before NumPy is imported: one thread adds in one order on any machine, and several wait for each
+# other very long where cores are shared.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy
+from matplotlib import pyplot
+from smollm2 import Engine, Model
+from tqdm import tqdm
+
+import pagedcache as pc
+from pagedcache import plot
+from pagedcache.demo.model import FirstLayer, find_model
+
+handle = pc.Handle()
+on_gpu = handle.device != "cpu"
+if on_gpu:
+    import cupy as xp
+else:
+    xp = numpy
+
+began = time.perf_counter()
+source = FirstLayer(find_model())
+model = Model(source, xp, context=112)
+print(f"{handle}: model loaded in {time.perf_counter() - began:.1f} s")
+print(
+    f"{len(model.layers)} layers, {model.heads} query heads and {model.kv_heads} KV heads of "
+    f"{model.head_size}"
+)
+assert (len(model.layers), model.heads, model.kv_heads, model.head_size) == (30, 9, 3, 64)
+
+# %% [markdown]
+# ## Five prompts, one beginning
+#
+# All prompts begin with the same system prompt. Where its tokens fill whole blocks, all sequences
+# use the same blocks.
+
+# %%
+SYSTEM = (
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face. Answer in one short "
+    "sentence, in plain words, and give no examples."
+)
+QUESTIONS = {
+    "A": "Why is the sky blue?",
+    "B": "What is a page table?",
+    "C": "How many legs does a spider have?",
+    "D": "What do bees make?",
+    "E": "What is the capital of Italy?",
+}
+prompts = {
+    name: source.tokens(
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    for name, question in QUESTIONS.items()
+}
+common = 0
+while len({tuple(ids[: common + 1]) for ids in prompts.values()}) == 1:
+    common += 1
+print({name: len(ids) for name, ids in prompts.items()}, "tokens;", common, "in common")
+assert common >= 2 * 16
+
+# %% [markdown]
+# ## How long will it take?
+#
+# A step computes 16 rows, each one token of some sequence: all tokens of a prompt that was just
+# admitted (*prefill*), or the one token that a running sequence generated last (*decode*). The pool
+# has too few blocks for all five, so some wait until others end: *continuous batching*.
+
+# %%
+BLOCK_SIZE, NUM_BLOCKS, NEW_TOKENS = 16, 14, 32
+
+
+def new_engine(**options):
+    """Return an engine with all prompts queued, and its requests."""
+    engine = Engine(model, options.pop("num_blocks", NUM_BLOCKS), BLOCK_SIZE, **options)
+    requests = [engine.submit(name, ids, NEW_TOKENS) for name, ids in prompts.items()]
+    return engine, requests
+
+
+trial, _ = new_engine(graph=on_gpu)
+trial.step()
+began = time.perf_counter()
+trial.step()
+seconds = time.perf_counter() - began
+steps = sum(-(-len(ids) // 16) + NEW_TOKENS for ids in prompts.values())
+print(f"One step takes {seconds * 1e3:.1f} ms.")
+print(f"If each sequence ran alone, {steps} steps would take {steps * seconds:.0f} s; it is less.")
+assert seconds > 0
+
+# %% [markdown]
+# ## Generate
+#
+# On a GPU the step was captured in a CUDA graph: its shapes are fixed, its inputs are refilled in
+# place, and rows that are not needed have slot -1.
+
+# %%
+engine, requests = new_engine(graph=on_gpu)
+snapshots = {}  # block tables, by the number of the step after which they were so
+
+
+def generate(engine, requests, snapshots=None):
+    """Step to the end; return the number of steps and the seconds."""
+    steps, began = 0, time.perf_counter()
+    most = len(requests) * NEW_TOKENS  # some answers end earlier
+    with tqdm(total=most, unit="token", mininterval=1) as bar:
+        while engine.waiting or engine.running:
+            running = [request.name for request in engine.running]
+            engine.step()
+            steps += 1
+            bar.update(sum(len(one.generated) for one in requests) - bar.n)
+            names = [request.name for request in engine.running]
+            if snapshots is not None and names != running:
+                tables = {request.name: [] for request in requests}
+                tables |= {one.name: list(one.sequence.block_table) for one in engine.running}
+                snapshots[steps] = tables
+    return steps, time.perf_counter() - began
+
+
+steps, seconds = generate(engine, requests, snapshots)
+generated = sum(len(request.generated) for request in requests)
+for request in requests:
+    print(f"{request.name}  {QUESTIONS[request.name]}\n   {source.text(request.generated).strip()}")
+print(
+    f"\n{generated} tokens in {steps} steps, {seconds:.1f} s: {generated / seconds:.0f} per second"
+)
+assert all(0 < len(request.generated) <= NEW_TOKENS for request in requests)
+assert all(request.sequence.shared == common // BLOCK_SIZE for request in requests[1:])
+assert len(engine.pool.free) == NUM_BLOCKS  # all blocks were given back
+
+# %% [markdown]
+# ## The pool as sequences come and go
+
+# %%
+_, axes = pyplot.subplots(len(snapshots), 1, figsize=(8, 1.25 * len(snapshots)))
+for ax, (step, tables) in zip(axes, snapshots.items(), strict=True):
+    plot.pool(tables, NUM_BLOCKS, columns=NUM_BLOCKS, ax=ax)
+    ax.set_title(f"after step {step}: {ax.get_title()}", fontsize=9)
+pyplot.tight_layout()
+
+together = [sum(map(bool, tables.values())) for tables in snapshots.values()]
+assert 1 < max(together) < len(prompts)  # several at a time, never all
+assert together[-1] == 0
+own = [set(one.sequence.block_table[common // BLOCK_SIZE :]) for one in requests]
+assert any(own[4] & other for other in own[:4])  # the last got blocks that others gave back
+
+# %% [markdown]
+# ## The same with a dense cache
+#
+# A dense cache sets aside the whole context for each sequence and shares nothing. What it holds is
+# the same, so every token must be the same.
+
+# %%
+dense, dense_requests = new_engine(num_blocks=len(prompts), dense=True)
+generate(dense, dense_requests)
+for paged_one, dense_one in zip(requests, dense_requests, strict=True):
+    assert paged_one.ids == dense_one.ids
+print(f"{generated} of {generated} tokens are equal.")
+
+# %% [markdown]
+# ## Memory
+#
+# What the paged cache holds at most, beside a dense cache of these five sequences that is only as
+# long as the longest of them.
+
+# %%
+longest = max(len(request.ids) - 1 for request in requests)  # the last token is not fed
+paged_bytes = engine.peak * engine.cache.block_bytes
+dense_bytes = len(requests) * longest * engine.cache.block_bytes // BLOCK_SIZE
+print(f"paged  {paged_bytes / 1e6:5.1f} MB, {engine.peak} blocks")
+print(f"dense  {dense_bytes / 1e6:5.1f} MB, {len(requests)} x {longest} tokens")
+assert engine.cache.block_bytes == 2 * 30 * BLOCK_SIZE * 3 * 64 * 4  # K and V, layers, ..., float32
+assert engine.peak <= NUM_BLOCKS
+assert paged_bytes < 0.6 * dense_bytes
+
+# %% [markdown]
+# With room for all five they run together. The tokens are the same, in fewer steps.
+
+# %%
+roomy, roomy_requests = new_engine(num_blocks=40, graph=on_gpu)
+roomy_steps, seconds = generate(roomy, roomy_requests)
+assert [one.ids for one in roomy_requests] == [one.ids for one in requests]
+assert roomy_steps < steps
+print(f"{generated} tokens in {roomy_steps} steps: {generated / seconds:.0f} per second")
+print(f"paged  {roomy.peak * roomy.cache.block_bytes / 1e6:5.1f} MB, {roomy.peak} blocks")
+assert roomy.peak * roomy.cache.block_bytes < 0.6 * dense_bytes
+
+# %% [markdown]
+# ## What the CUDA graph changes
+#
+# Without the graph, each of the step's hundreds of kernels is launched from Python.
+
+# %%
+if on_gpu:
+    eager, eager_requests = new_engine(num_blocks=40)
+    _, eager_seconds = generate(eager, eager_requests)
+    assert [one.ids for one in eager_requests] == [one.ids for one in requests]
+    print(f"graph {generated / seconds:.0f}, eager {generated / eager_seconds:.0f} tokens/s")
+else:
+    print("There is no GPU here, so there is no graph.")
