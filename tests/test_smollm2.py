@@ -131,6 +131,21 @@ def test_rows_do_not_see_each_other(model, dense):
     assert alone.generated == dense[1][1][:4]
 
 
+@pytest.mark.gpu
+def test_a_graph_is_the_same_step(source, dense):
+    import cupy
+
+    model = smollm2.Model(source, cupy, CONTEXT)
+    found = []
+    for graph in (False, True):
+        engine = smollm2.Engine(model, 40, BLOCK_SIZE, graph=graph)
+        requests = submit(engine, 20)
+        run(engine)
+        found.append([request.generated for request in requests])
+    assert found[0] == found[1]
+    assert [one[:4] for one in found[0]] == [one[:4] for one in dense[1]]  # sums in another order
+
+
 def test_what_cannot_be_served_is_said(model):
     engine = smollm2.Engine(model, 2, BLOCK_SIZE)
     with pytest.raises(ValueError, match="too long: 18 tokens in 3 blocks"):
