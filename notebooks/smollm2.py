@@ -70,7 +70,7 @@ class Model:
         self.kv_heads = source.num_kv_heads
         self.head_size = source.head_size
         self.end: int = source.field("tokenizer.ggml.eos_token_id")
-        self.epsilon: float = source.field("llama.attention.layer_norm_rms_epsilon")
+        self.epsilon = float(source.field("llama.attention.layer_norm_rms_epsilon"))
         self.embedding = load("token_embd")  # and, transposed, the last matrix
         self.layers = [layer(f"blk.{i}") for i in range(source.field("llama.block_count"))]
         self.norm = load("output_norm")
@@ -88,13 +88,13 @@ class Model:
         """Write K and V of each row to its slot; return the logits of the token after it."""
         x = self.embedding[ids]
         turns = self.turns[positions][:, None, :]
-        hidden = (self.places > positions[:, None])[:, None, None, :]
+        masked = (self.places > positions[:, None])[:, None, None, :]
         for i, layer in enumerate(self.layers):
             qkv = self.product(self._normed(x, layer.attention_norm), layer.qkv)
             q, k, v = self._split(qkv, turns)
             cache.write(i, k, v, slots)
             keys, values = cache.read(i, tables)
-            mixed = self._attention(q, keys, values, hidden)
+            mixed = self._attention(q, keys, values, masked)
             x = x + self.product(mixed, layer.output)
             gate_up = self.product(self._normed(x, layer.feed_forward_norm), layer.gate_up)
             gate, up = self.xp.split(gate_up, 2, axis=-1)
@@ -102,12 +102,10 @@ class Model:
         return self.product(self._normed(x, self.norm), self.embedding)
 
     def _normed(self, x: Array, weight: Array) -> Array:
-        square = (x * x).mean(-1, keepdims=True)
-        return x / self.xp.sqrt(square + np.float32(self.epsilon)) * weight
+        return x / self.xp.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * weight
 
     def _sigmoid(self, x: Array) -> Array:
-        half = np.float32(0.5)
-        return half + half * self.xp.tanh(half * x)  # never overflows
+        return 0.5 + 0.5 * self.xp.tanh(0.5 * x)  # never overflows
 
     def _split(self, qkv: Array, turns: Array) -> tuple[Array, Array, Array]:
         """Return Q and K, both rotated, and V, which stays a slice of `qkv`."""
@@ -118,13 +116,12 @@ class Model:
         v = qkv[:, both:].reshape(rows, self.kv_heads, size)
         return turned[:, :heads], turned[:, heads:], v
 
-    def _attention(self, q: Array, keys: Array, values: Array, hidden: Array) -> Array:
+    def _attention(self, q: Array, keys: Array, values: Array, masked: Array) -> Array:
         """Let each row look at its own sequence, up to its own position."""
         xp, rows = self.xp, len(q)
         # Query heads in groups: each group has one KV head.
-        q = q.reshape(rows, self.kv_heads, -1, self.head_size) * np.float32(self.head_size**-0.5)
-        scores = self.product(q, keys.transpose(0, 2, 1, 3))
-        scores = xp.where(hidden, np.float32(-np.inf), scores)
+        q = q.reshape(rows, self.kv_heads, -1, self.head_size) * self.head_size**-0.5
+        scores = xp.where(masked, -np.inf, self.product(q, keys.transpose(0, 2, 1, 3)))
         weights = xp.exp(scores - scores.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True)
         return self.product(weights, values.transpose(0, 2, 3, 1)).reshape(rows, -1)
@@ -136,7 +133,7 @@ def np_product(x: Array, matrix: Array) -> Array:
 
 
 def make_cupy_product() -> Any:
-    """Return the same for CuPy, by a kernel of our own: CuPy captures no call into cuBLAS."""
+    """Return the same for CuPy, without cuBLAS, whose calls CuPy refuses to capture."""
     import cupy
 
     dot = cupy.ReductionKernel("T x, T y", "T z", "x * y", "a + b", "z = a", "0", "smollm2_dot")

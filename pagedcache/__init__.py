@@ -11,6 +11,7 @@ In dependency order, each importing only what stands above it:
 - `compat`: the same behind the Python functions of vLLM, SGLang and FlashInfer
 - `torch`: the same as an operator for ``torch.compile``; imported only when asked for
 - `demo`, `bench`, `__main__`: the command line
+- `plot`: pictures; needs matplotlib, so it is imported by name only
 
 The kernels are CUDA source in ``cuda_src``. Importing this package imports neither CuPy nor CUDA.
 """
