@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import pagedcache as pc
 from pagedcache import plot
-from pagedcache.demo.model import FirstLayer, find_model
+from pagedcache.demo.model import ModelFile, find_model
 
 handle = pc.Handle()
 on_gpu = handle.device != "cpu"
@@ -43,7 +43,7 @@ else:
     xp = numpy
 
 began = time.perf_counter()
-source = FirstLayer(find_model())
+source = ModelFile(find_model())
 model = Model(source, xp, context=112)
 print(f"{handle}: model loaded in {time.perf_counter() - began:.1f} s")
 print(

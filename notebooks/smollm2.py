@@ -20,7 +20,7 @@ import pagedcache as pc
 from pagedcache.demo.pool import PADDING, Pool, Sequence
 
 if TYPE_CHECKING:
-    from pagedcache.demo.model import FirstLayer
+    from pagedcache.demo.model import ModelFile
 
 Array = Any  # of NumPy or CuPy
 Row = tuple["Request", int, int]  # a token to compute: of whom, its position, its slot
@@ -42,7 +42,7 @@ class Model:
 
     Parameters
     ----------
-    source : FirstLayer
+    source : ModelFile
         The model file.
     xp : module
         ``numpy`` or ``cupy``.
@@ -50,7 +50,7 @@ class Model:
         Positions that are served.
     """
 
-    def __init__(self, source: FirstLayer, xp: Any, context: int) -> None:
+    def __init__(self, source: ModelFile, xp: Any, context: int) -> None:
         def load(*names: str) -> Array:
             return xp.asarray(np.concatenate([source.tensor(f"{name}.weight") for name in names]))
 

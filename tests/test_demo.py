@@ -308,7 +308,7 @@ def smollm2_path():
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path):
-    return model.FirstLayer(smollm2_path)
+    return model.ModelFile(smollm2_path)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ PREFIX = 24  # tokens that the last two prompts begin with in common: three bloc
 def source():
     try:
         files.require_readers()
-        return files.FirstLayer(files.find_model())
+        return files.ModelFile(files.find_model())
     except files.NoModelError as error:
         pytest.skip(f"no model: {error}")
 

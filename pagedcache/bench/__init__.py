@@ -193,6 +193,11 @@ def _host(arguments: argparse.Namespace) -> dict[str, float]:
             descriptor, 0, 0, caches[0], caches[1], k, v, slots, stream
         ),
     }
+    with contextlib.suppress(peers.UnavailableError):
+        tensors, [inputs_of_torch, *_] = peers.in_torch(case, heads_first=True)
+        with_tensors = pc.Descriptor.create(*tensors, *inputs_of_torch)
+        calls["calculate, torch"] = lambda: with_tensors.calculate(*tensors, *inputs_of_torch)
+        calls["paged_caching, torch"] = lambda: pc.paged_caching(*tensors, *inputs_of_torch)
     for name, prepare in peers.PEERS.items():
         if name != peers.OURS and not arguments.no_peers:
             with contextlib.suppress(peers.UnavailableError):

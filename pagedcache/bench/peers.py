@@ -52,7 +52,7 @@ def cupy_fancy(case: Case) -> Write:
 def torch_index_put(case: Case) -> Write:
     """Return PyTorch's ``index_put_``."""
     block_size = case.axes.block_size
-    caches, sets = _in_torch(case)
+    caches, sets = in_torch(case)
 
     def write(i: int) -> None:
         slots = sets[i][2]
@@ -68,7 +68,7 @@ def triton_rows(case: Case) -> Write:
     _import("triton")
     from pagedcache.bench.triton_rows import launch
 
-    caches, sets = _in_torch(case)
+    caches, sets = in_torch(case)
     return lambda i: launch(*caches, *sets[i])
 
 
@@ -78,7 +78,7 @@ def flashinfer(case: Case) -> Write:
     if case.axes.head_size not in (64, 128, 256) or case.axes.head_size != case.axes.v_head_size:
         raise UnavailableError("FlashInfer does head sizes 64, 128 and 256, the same for K and V")
     torch = _import("torch")
-    caches, sets = _in_torch(case, heads_first=case.axes.layout == "HND")
+    caches, sets = in_torch(case, heads_first=case.axes.layout == "HND")
     blocks = caches[0].shape[0]
     place = {"dtype": torch.int32, "device": "cuda"}
     indices = torch.arange(blocks, **place)
@@ -103,7 +103,7 @@ def sglang(case: Case) -> Write:
     if case.axes.source != "plain":
         raise UnavailableError("SGLang's rows are measured contiguous only")
     torch = _import("torch")
-    _, sets = _in_torch(case)
+    _, sets = in_torch(case)
     kind = sets[0][0].dtype
     flat = [
         torch.zeros(case.num_slots, case.axes.heads * size, dtype=kind, device="cuda")
@@ -125,7 +125,7 @@ def vllm(case: Case) -> Write:
     if case.axes.head_size != case.axes.v_head_size:
         raise UnavailableError("vLLM's kernel has one head size")
     torch = _import("torch")
-    caches, sets = _in_torch(case)
+    caches, sets = in_torch(case)
     one = torch.ones((), dtype=torch.float32, device="cuda")
     return lambda i: operator(sets[i][0], sets[i][1], *caches, sets[i][2], "auto", one, one)
 
@@ -151,7 +151,7 @@ def _import(name: str) -> Any:
         raise UnavailableError(f"{name} cannot be imported ({error})") from error
 
 
-def _in_torch(case: Case, *, heads_first: bool = False) -> tuple[list[Any], list[Any]]:
+def in_torch(case: Case, *, heads_first: bool = False) -> tuple[list[Any], list[Any]]:
     """Return the caches as ``[blocks, slots, heads, size]`` (or as they are) and the sets."""
     torch = _import("torch")
     bits = f"i{case.dtype.itemsize}"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pagedcache as pc
-from pagedcache.demo.model import FirstLayer, NoModelError, find_model, require_readers
+from pagedcache.demo.model import ModelFile, NoModelError, find_model, require_readers
 from pagedcache.demo.pool import PADDING, Pool, Sequence
 from pagedcache.dtypes import as_dtype
 
@@ -103,7 +103,7 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
         try:
             require_readers()  # before anything is downloaded for them
             path = arguments.model or find_model(download=not arguments.no_download)
-            source = FirstLayer(path)
+            source = ModelFile(path)
         except NoModelError as error:
             if arguments.model:
                 raise

@@ -35,8 +35,8 @@ class NoModelError(Exception):
     """There is no model file to be had; the message is one sentence that says why."""
 
 
-class FirstLayer:
-    """Tokenizer and first-layer K and V of a llama-architecture model in a GGUF file.
+class ModelFile:
+    """Tokenizer, tensors, and first-layer K and V of a llama-architecture model in a GGUF file.
 
     Parameters
     ----------
