@@ -79,6 +79,8 @@ extern "C" unsigned int divide(unsigned int dividend, unsigned long long first,
   return divisor.divide(dividend);
 }
 
+extern "C" int most_threads() { return pagedcache::kMostThreads; }
+
 extern "C" int per_thread(int width) {
   using namespace pagedcache;
   return width == 16  ? kPerThread<16>

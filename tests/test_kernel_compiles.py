@@ -72,8 +72,8 @@ def test_every_instance_compiles(architecture):
         )
         stack, stores, loads, registers = map(int, used.groups())
         assert (stack, stores, loads) == (0, 0, 0)
-        # 32 let 2048 threads stand on a multiprocessor, 42 let 1536, each with twice the vectors.
-        assert registers <= (32 if width == 16 else 42)
+        # 32 let 2048 threads stand on a multiprocessor; these hold 1536 (1024 of 7.5), and 42 do.
+        assert registers <= (42 if architecture in (75, 86, 89, 120) else 32)
 
 
 def test_a_kernel_that_does_not_compile_says_why():

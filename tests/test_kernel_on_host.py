@@ -66,9 +66,10 @@ def test_more_slots_than_the_kernel_counts_are_refused(library):
     assert caught.value.status == pc.Status.NOT_IMPLEMENTED
 
 
-def test_host_and_kernel_agree_on_vectors_per_thread(library):
+def test_host_and_kernel_agree_on_vectors_and_threads(library):
     for width, vectors in nvidia.PER_THREAD.items():
         assert library.per_thread(width) == vectors
+    assert max(max(pair) for pair in nvidia.THREADS.values()) == library.most_threads()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,12 @@ def op():
     return pagedcache.torch.paged_caching
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    yield
+    torch._dynamo.reset()
+
+
 def tensors(case):
     return [torch_view(view) for view in case.arrays()]
 

@@ -113,7 +113,7 @@ class Descriptor:
             The device to run on. Not given: the one that the arrays are on.
         on_invalid : {"skip", "raise"}
             What to do about slots at or past the end, which are never written. ``"skip"``: count
-            them, for `check` to tell; it costs nothing. ``"raise"``: `calculate` waits for the
+            them, for `check` to tell, and wait for nothing. ``"raise"``: `calculate` waits for the
             write and raises `InvalidSlotError`, the valid tokens having been written.
         debug : bool, optional
             Whether each `calculate` first waits for the stream, copies slots, K and V to the host,
