@@ -20,9 +20,10 @@ from pagedcache import infiniop, status
 from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
 from pagedcache.info import PagedCachingInfo
-from pagedcache.interface.descriptor import Descriptor, paged_caching
+from pagedcache.interface.descriptor import Descriptor
 from pagedcache.interface.explain import SlotExplanation
 from pagedcache.interface.handle import Handle
+from pagedcache.interface.one_call import paged_caching
 from pagedcache.interface.warmup import WarmedUp, warmup
 from pagedcache.status import (
     CacheOverlapError,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from pagedcache.interface.descriptor import paged_caching as _paged_caching
+from pagedcache.interface.one_call import paged_caching as _paged_caching
 
 NAME = "pagedcache::paged_caching"
 

@@ -44,13 +44,14 @@ def test_no_reader_takes_the_array_of_another_library(devices):
 
 def test_the_one_call_form_tells_libraries_apart(monkeypatch):
     # A CuPy array of the same look, on the only GPU there is, right after NumPy's.
-    from pagedcache.interface import descriptor
+    from pagedcache.interface import descriptor, one_call
 
-    monkeypatch.setattr(descriptor, "_latest", (None,) * 4)
+    monkeypatch.setattr(one_call, "_latest", (None,) * 4)
     fake = FakeCupy(1)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(arrays, "readers", dict(arrays.readers))
-    monkeypatch.setattr(descriptor, "readers", arrays.readers)
+    for room in (descriptor, one_call):
+        monkeypatch.setattr(room, "readers", arrays.readers)
     cache = np.zeros((4, 1, 2, 8), np.float16)
     rows, slots = np.ones((3, 1, 8), np.float16), np.arange(3)
     five = [cache, cache.copy(), rows, rows, slots]

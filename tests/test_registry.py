@@ -168,7 +168,7 @@ def test_an_operator_that_a_backend_lacks():
 
 
 def test_one_call_finds_its_descriptor_again(monkeypatch):
-    from pagedcache.interface import descriptor as room
+    from pagedcache.interface import one_call as room
 
     monkeypatch.setattr(room, "_descriptors", {})
     monkeypatch.setattr(room, "_latest", (None,) * 4)

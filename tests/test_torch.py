@@ -14,6 +14,9 @@ import pagedcache as pc
 
 torch = pytest.importorskip("torch")
 
+# Of torch's own, when it forgets what it compiled.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def op():

@@ -6,40 +6,23 @@ import functools
 import operator
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pagedcache.arrays import adopt, reader_of, readers
-from pagedcache.info import NAMES, PagedCachingInfo, token_step
+from pagedcache.info import NAMES, PagedCachingInfo
 from pagedcache.interface import checks
+from pagedcache.interface.arguments import Arguments, as_address
 from pagedcache.interface.explain import SlotExplanation, as_html
 from pagedcache.interface.handle import Handle, parse_device
-from pagedcache.status import (
-    BadParamError,
-    BadParamTypeError,
-    BadTensorDtypeError,
-    BadTensorShapeError,
-    BadTensorStridesError,
-    DestroyedError,
-    InsufficientWorkspaceError,
-    NullPointerError,
-)
-from pagedcache.tensors import Tensor, TensorDescriptor
+from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
+from pagedcache.tensors import TensorDescriptor
 
 if TYPE_CHECKING:
     from pagedcache.backend.protocol import LaunchConfig
-    from pagedcache.dtypes import Dtype
 
 ON_INVALID = ("skip", "raise")
-
-
-class _Expected(NamedTuple):
-    """What one argument of `calculate` must look like; the token axis is free."""
-
-    dtype: Dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # bytes
 
 
 class Descriptor:
@@ -53,6 +36,8 @@ class Descriptor:
         Sizes and strides, in elements.
     device : str
         ``"cpu"``, ``"cuda:0"``.
+    index : int
+        The number in `device`, 0 if there is none.
     workspace_size : int
         Bytes of workspace that `calculate` needs.
 
@@ -67,14 +52,13 @@ class Descriptor:
     def __init__(self, info: PagedCachingInfo, device: str, opaque: Any) -> None:
         self.info = info
         self.device = device
-        self._index = parse_device("device", device)[1] or 0
+        self.index = parse_device("device", device)[1] or 0
         self.workspace_size: int = opaque.workspace_size
         self._opaque = opaque
-        self._expected = tuple(_expectation(info, name) for name in NAMES)
+        self._arguments = Arguments(info, device)
         self._item_mask = info.dtype.itemsize - 1
         self._slot_mask = info.slot_dtype.itemsize - 1
         self._accepted: Any = None
-        self._spans = tuple(_span(expected) for expected in self._expected[:2])
         self._apart: int | None = None  # bytes from K cache to V cache, when last looked at
 
     @classmethod
@@ -306,14 +290,14 @@ class Descriptor:
             arrays = (k_cache, v_cache, k, v, slot_mapping)
             self._check_and_write(arrays, looks, workspace, workspace_size, stream)
             return
-        # What `_write` does, without another call: this is the hot path.
+        # What `write` does, without another call: this is the hot path.
         if (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask or slots_at & self._slot_mask:
-            self._refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
+            self._arguments.refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
         if v_cache_at - k_cache_at != self._apart:
-            self._refuse_overlap(k_cache_at, v_cache_at)
+            self._apart = self._arguments.distance(k_cache_at, v_cache_at)
         if tokens := looks[4][0][0]:
             if current is not None and stream is None:
-                stream = current(k_cache, self._index)
+                stream = current(k_cache, self.index)
             opaque = self._opaque or self._alive()
             opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
@@ -354,10 +338,10 @@ class Descriptor:
             and self._opaque is not None
         ):
             tokens = self.info.num_tokens
-            self._write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
+            self.write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
             return
         addresses = [
-            _as_address(name, address)
+            as_address(name, address)
             for name, address in zip(
                 (*NAMES, "workspace", "stream"),
                 (k_cache, v_cache, k, v, slot_mapping, workspace, stream),
@@ -367,7 +351,7 @@ class Descriptor:
         *tensors, workspace, stream = addresses
         self._check_and_write(tuple(tensors), None, workspace, workspace_size, stream)
 
-    def _write(
+    def write(
         self,
         k_cache: int,
         v_cache: int,
@@ -381,9 +365,9 @@ class Descriptor:
         """Check the addresses of tensors that are otherwise known to be right, and write."""
         bits = k_cache | v_cache | k | v
         if bits & self._item_mask or slot_mapping & self._slot_mask or (bits | slot_mapping) >> 63:
-            self._refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
+            self._arguments.refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
         if v_cache - k_cache != self._apart:
-            self._refuse_overlap(k_cache, v_cache)
+            self._apart = self._arguments.distance(k_cache, v_cache)
         if num_tokens:
             self._alive().calculate(
                 k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream
@@ -394,20 +378,14 @@ class Descriptor:
     ) -> None:
         """Check everything, and remember what the arrays looked like."""
         self._alive()
-        k_cache, v_cache, k, v, slot_mapping = arrays
-        if stream is None and type(k_cache) is not int:
-            current = reader_of("k_cache", k_cache).stream
-            stream = current and current(k_cache, self._index)
-        expected = self._expected
-        k_cache_at = self._cache("k_cache", k_cache, expected[0])
-        v_cache_at = self._cache("v_cache", v_cache, expected[1])
-        slots_at, tokens = self._slots(slot_mapping)
-        k_at = self._rows("k", k, expected[2], tokens)
-        v_at = self._rows("v", v, expected[3], tokens)
-        workspace_at = self._workspace(workspace, workspace_size)
+        if stream is None and type(arrays[0]) is not int:
+            current = reader_of("k_cache", arrays[0]).stream
+            stream = current and current(arrays[0], self.index)
+        k_cache, v_cache, k, v, slot_mapping, tokens = self._arguments.read(arrays)
+        workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
         if self.workspace_size == 0:
             self._accepted = looks
-        self._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, workspace_at, stream)
+        self.write(k_cache, v_cache, k, v, slot_mapping, tokens, workspace_at, stream)
 
     def destroy(self) -> None:
         """Let go of the kernel and the device. Twice is no error; any other use after it is."""
@@ -464,194 +442,6 @@ class Descriptor:
             raise DestroyedError("descriptor", "must not be used after destroy")
         return self._opaque
 
-    def _cache(self, name: str, array: Any, expected: _Expected) -> int:
-        if type(array) is int:
-            return _address(name, array, 1)
-        tensor = adopt(name, array)
-        if tensor.shape != expected.shape:
-            raise _unlike(BadTensorShapeError, name, f"shape {expected.shape}", tensor.shape)
-        self._check_rest(name, tensor, expected)
-        if not tensor.writable:
-            raise BadParamError(name, "must be writable", "a read-only array")
-        return _address(name, tensor.address, 1)
-
-    def _rows(self, name: str, array: Any, expected: _Expected, tokens: int) -> int:
-        if type(array) is int:
-            return _address(name, array, tokens)
-        tensor = adopt(name, array)
-        shape = tensor.shape
-        if len(shape) != 3 or shape[1:] != expected.shape:
-            heads, size = expected.shape
-            raise _unlike(BadTensorShapeError, name, f"shape (rows, {heads}, {size})", shape)
-        if shape[0] < tokens:
-            rule = f"must have a row for each of the {tokens} slots of slot_mapping"
-            raise BadTensorShapeError(name, rule, f"{shape[0]} rows")
-        self._check_rest(name, tensor, expected)
-        return _address(name, tensor.address, tokens)
-
-    def _slots(self, array: Any) -> tuple[int, int]:
-        name, expected = "slot_mapping", self._expected[4]
-        if type(array) is int:
-            tokens = self.info.num_tokens
-            return _address(name, array, tokens), tokens
-        tensor = adopt(name, array)
-        if len(tensor.shape) != 1:
-            raise _unlike(BadTensorShapeError, name, "shape (num_tokens,)", tensor.shape)
-        self._check_rest(name, tensor, expected)
-        tokens = tensor.shape[0]
-        return _address(name, tensor.address, tokens), tokens
-
-    def _check_rest(self, name: str, tensor: Tensor, expected: _Expected) -> None:
-        if tensor.dtype != expected.dtype:
-            raise _unlike(BadTensorDtypeError, name, f"dtype {expected.dtype}", tensor.dtype)
-        if tensor.strides != expected.strides and any(
-            length > 1 and step != wanted
-            for length, step, wanted in zip(
-                tensor.shape, tensor.strides, expected.strides, strict=True
-            )
-        ):
-            raise _unlike(
-                BadTensorStridesError, name, f"strides {expected.strides} bytes", tensor.strides
-            )
-        if tensor.device != self.device:
-            raise _unlike(BadParamError, name, f"device {self.device}", tensor.device)
-
-    def _refuse_addresses(self, addresses: tuple[int, ...]) -> None:
-        for name, address, expected in zip(NAMES, addresses, self._expected, strict=True):
-            if address >> 63:
-                raise BadParamError(name, "must be an address below 2^63", hex(address))
-            size = expected.dtype.itemsize
-            if address % size:
-                rule = f"must start at a multiple of its item size ({size} bytes)"
-                raise BadParamError(name, rule, hex(address))
-
-    def _refuse_overlap(self, k_cache: int, v_cache: int) -> None:
-        """Refuse caches that share memory; whether they do depends on their distance alone."""
-        distance = v_cache - k_cache
-        if not (distance >= self._spans[0] or -distance >= self._spans[1]):
-            checks.refuse_overlap(self.info, k_cache, v_cache)
-        self._apart = distance
-
-    def _workspace(self, workspace: Any, size: int) -> int:
-        if not isinstance(size, (int, np.integer)):
-            raise BadParamTypeError("workspace_size", "must be an int", repr(size))
-        if workspace is not None and type(workspace) is not int:
-            tensor = adopt("workspace", workspace)
-            if tensor.device != self.device:
-                raise _unlike(BadParamError, "workspace", f"device {self.device}", tensor.device)
-            workspace = tensor.address
-        if size < self.workspace_size:
-            rule = f"must be at least {self.workspace_size} bytes"
-            raise InsufficientWorkspaceError("workspace_size", rule, size)
-        if not workspace and self.workspace_size:
-            raise NullPointerError("workspace", "must be memory on the device", repr(workspace))
-        return workspace or 0
-
-
-def paged_caching(
-    k_cache: Any,
-    v_cache: Any,
-    k: Any,
-    v: Any,
-    slot_mapping: Any,
-    *,
-    layout: str = "HND",
-    stream: Any = None,
-    on_invalid: str = "skip",
-) -> None:
-    """Write the K and V of each token to its slot, in one call.
-
-    The descriptor for arrays of these shapes, strides, dtypes and device is made on the first call
-    and found again on later ones.
-
-    Parameters
-    ----------
-    k_cache, v_cache, k, v, slot_mapping : array
-        See `Descriptor.create`.
-    layout : {"HND", "NHD"}
-    stream : optional
-        See `Descriptor.calculate`, also for what is and is not synchronised.
-    on_invalid : {"skip", "raise"}
-        See `Descriptor.create`. What is skipped is told to nobody here.
-
-    Raises
-    ------
-    PagedCacheError
-        Before anything is launched and with nothing written, but for a `LaunchError` and, with
-        ``on_invalid="raise"``, an `InvalidSlotError`.
-
-    Notes
-    -----
-    A first call for new shapes compiles, as `Descriptor.create` does: make it before a capture. Any
-    number of threads may call this at once. The environment variable ``PAGEDCACHE_DEBUG`` counts
-    when the descriptor is made, which is kept until 256 others were needed.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import pagedcache as pc
-    >>> cache = np.zeros((2, 4, 1, 2, 8), np.float16)  # K and V: 4 blocks of 2 slots, 1 head of 8
-    >>> k, v = np.ones((3, 1, 8), np.float16), np.full((3, 1, 8), 2, np.float16)
-    >>> pc.paged_caching(cache[0], cache[1], k, v, np.array([6, -1, 1]))
-    >>> cache[0, :, 0, :, 0].tolist()  # slot 6 is block 3, offset 0; -1 is padding
-    [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
-    """
-    global _latest
-    try:
-        look, address, _, current = readers[type(k_cache)]
-        looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
-        k_cache_at, v_cache_at = address(k_cache), address(v_cache)
-        k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
-    except Exception:
-        looks = None
-    # Read once: threads may replace it.
-    latest_layout, latest_on_invalid, latest_looks, descriptor = _latest
-    if (
-        looks is None
-        or looks != latest_looks
-        or layout != latest_layout
-        or on_invalid != latest_on_invalid
-    ):
-        arrays = (k_cache, v_cache, k, v, slot_mapping)
-        descriptor = _find_descriptor(arrays, layout, on_invalid)
-        descriptor.calculate(*arrays, stream=stream)
-        _latest = layout, on_invalid, looks, descriptor
-        return
-    tokens = looks[4][0][0]
-    if current is not None and stream is None:
-        stream = current(k_cache, descriptor._index)
-    descriptor._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
-
-
-_MOST_DESCRIPTORS = 256
-_descriptors: dict[Any, Descriptor] = {}
-# Options of the latest call, what its arrays looked like, and the descriptor that served it.
-_latest: tuple[Any, Any, Any, Any] = (None, None, None, None)
-
-
-def _find_descriptor(arrays: tuple[Any, ...], layout: str, on_invalid: str) -> Descriptor:
-    tensors = [adopt(name, array) for name, array in zip(NAMES, arrays, strict=True)]
-    create = functools.partial(Descriptor.create, *arrays, layout=layout, on_invalid=on_invalid)
-    if not isinstance(layout, str) or not isinstance(on_invalid, str):
-        return create()  # which refuses it
-    key = (layout, on_invalid, *(_signature(tensor) for tensor in tensors))
-    descriptor = _descriptors.get(key)
-    if descriptor is None:
-        descriptor = create()
-        if len(_descriptors) >= _MOST_DESCRIPTORS:
-            _descriptors.pop(next(iter(_descriptors)), None)
-        _descriptors[key] = descriptor
-    return descriptor
-
-
-def _signature(tensor: Tensor) -> tuple[Any, ...]:
-    dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
-    # The token axis is free, and it is the first of every tensor that is not a cache.
-    if len(shape) == 3:
-        step = token_step(shape, strides, dtype.itemsize)
-        return dtype, shape[1:], (step, *strides[1:]), tensor.device
-    return dtype, shape if len(shape) == 4 else shape[1:], strides, tensor.device
-
 
 def _describe(name: str, array: Any) -> TensorDescriptor:
     if isinstance(array, TensorDescriptor):
@@ -685,34 +475,3 @@ def _same_device(one: str, other: str) -> bool:
         parse_device("device", other),
     )
     return kind == other_kind and (None in (index, other_index) or index == other_index)
-
-
-def _expectation(info: PagedCachingInfo, name: str) -> _Expected:
-    tensor = info.tensor(name)
-    shape = tensor.shape if name.endswith("_cache") else tensor.shape[1:]
-    size = tensor.dtype.itemsize
-    return _Expected(tensor.dtype, shape, tuple(step * size for step in tensor.strides))
-
-
-def _span(expected: _Expected) -> int:
-    """Return the bytes from the first element to the end of the last."""
-    steps = zip(expected.shape, expected.strides, strict=True)
-    return expected.dtype.itemsize + sum((length - 1) * step for length, step in steps)
-
-
-def _as_address(name: str, value: object) -> int:
-    if value is None:
-        return 0
-    if not isinstance(value, int):
-        raise BadParamTypeError(name, "must be an address, as an int", repr(value))
-    return int(value)
-
-
-def _address(name: str, address: int, count: int) -> int:
-    if address <= 0 and count:
-        raise NullPointerError(name, "must not be a null pointer", hex(address))
-    return address
-
-
-def _unlike(kind: type[Exception], name: str, expected: str, got: object) -> Exception:
-    return kind(name, f"must have {expected} as at create", got)
