@@ -96,6 +96,7 @@ def device(monkeypatch):
     monkeypatch.setattr(room, "_can_be_programmatic", lambda: True)
     made = room.CudaDevice(0)
     made.runtime = runtime
+    monkeypatch.setattr(made, "current_stream", lambda: 3)
     return made
 
 
@@ -142,6 +143,9 @@ def test_reading_and_waiting(device):
     assert not device.capturing(5)
     device.runtime.capturing = True
     assert device.capturing(5)
+    with pytest.raises(NotImplementedError, match="waiting for cuda:0 cannot be done while"):
+        device.wait(None)
+    device.runtime.capturing = False
     device.runtime.broken = True
     with pytest.raises(RuntimeError, match="work that was queued before it failed") as caught:
         device.wait(5)

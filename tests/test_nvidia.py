@@ -889,3 +889,16 @@ def test_warmup_on_the_gpu(cupy):
                 there = simple_case(dtype=dtype, slots=slots, k_size=size).on(cupy.asarray)
                 pc.paged_caching(*there.arrays())
     assert len(device._compiled) == before
+
+
+def test_check_is_refused_in_a_capture(cupy):
+    there = simple_case().on(cupy.asarray)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    descriptor = pc.Descriptor.create(*there.arrays())
+    descriptor.calculate(*there.arrays())
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(NotImplementedError, match="waiting for cuda:0 cannot be done"):
+            descriptor.check()
+        stream.end_capture()
+    descriptor.check()

@@ -181,6 +181,8 @@ class Descriptor:
             of such tokens in all calls, and the capacity.
         LaunchError
             Something that was queued on the device failed.
+        NotSupportedError
+            A stream is being captured.
         DestroyedError
             After `destroy`.
         """

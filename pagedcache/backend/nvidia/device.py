@@ -15,7 +15,7 @@ from cupy.cuda import driver, runtime
 
 from pagedcache.arrays import current_streams
 from pagedcache.backend.nvidia import source
-from pagedcache.backend.nvidia.launch import WARM_UP, Launch, failure, launch_extended
+from pagedcache.backend.nvidia.launch import NOT_CAPTURED, Launch, failure, launch_extended
 from pagedcache.backend.nvidia.record import Record, Records
 from pagedcache.backend.protocol import load_operator
 from pagedcache.status import (
@@ -137,7 +137,9 @@ class CudaDevice:
         key = (file, expressions)
         with self._compiling:
             if key not in self._compiled:
-                self._refuse_capture(file)
+                if self._captures():
+                    rule = f"{NOT_CAPTURED}; call pagedcache.warmup() before the capture"
+                    raise NotSupportedError(f"compilation of {file}", rule)
                 with self._current("load"):
                     module = cupy.RawModule(
                         code=source.read(file), options=OPTIONS, name_expressions=expressions
@@ -182,10 +184,10 @@ class CudaDevice:
         rule = "must be None, a cupy or torch stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
 
-    def _refuse_capture(self, file: str) -> None:
+    def _captures(self) -> bool:
+        """Tell whether a current stream is being captured."""
         streams = (self.current_stream(), *current_streams(self.index))
-        if any(self.capturing(stream) for stream in streams):
-            raise NotSupportedError(f"compilation of {file}", WARM_UP)
+        return any(self.capturing(stream) for stream in streams)
 
     def capturing(self, stream: int) -> bool:
         """Tell whether a stream is being captured into a graph."""
@@ -214,7 +216,11 @@ class CudaDevice:
         ------
         LaunchError
             Some of it failed.
+        NotSupportedError
+            The whole device is waited for while a stream is captured, which would end the capture.
         """
+        if stream is None and self._captures():
+            raise NotSupportedError(f"waiting for {self.name}", NOT_CAPTURED)
         with self._current("wait"):
             if stream is None:
                 runtime.deviceSynchronize()

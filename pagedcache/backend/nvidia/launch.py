@@ -28,7 +28,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # program counter, failure (714 to 719). The runtime's numbers are the same.
 _CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
 _CAPTURE = range(900, 908)  # what a stream capture does not allow
-WARM_UP = "cannot be done while a stream is captured; call pagedcache.warmup() before the capture"
+NOT_CAPTURED = "cannot be done while a stream is captured"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -173,7 +173,7 @@ def failure(what: str, device: int, error: Any) -> LaunchError:
         )
         return LaunchError(what, rule)
     if error.status in _CAPTURE:
-        return LaunchError(f"{what} on cuda:{device}", f"{WARM_UP} ({error})")
+        return LaunchError(f"{what} on cuda:{device}", f"{NOT_CAPTURED} ({error})")
     return LaunchError(what, f"on cuda:{device} failed: {error}")
 
 
