@@ -1,7 +1,7 @@
 """The one place that decides how an object of any array library becomes an address with a shape.
 
-Everything behind it sees a `Tensor` and never an array library. Nothing is copied, and nothing is
-imported that is not imported already: an array of a library exists only once that library is.
+Everything behind it sees a `Tensor` and never an array library. Nothing is copied, and no library
+is imported to ask whether an array is of it: an array exists only once its library is imported.
 """
 
 from __future__ import annotations
@@ -284,7 +284,9 @@ def _read_cuda_interface(subject: str, array: Any) -> Tensor:
             strides = tuple(step * dtype.itemsize for step in row_major(shape))
         place = "cuda:0"
         if address:
-            pointer = sys.modules["cupy"].cuda.runtime.pointerGetAttributes(address)
+            import cupy  # the array may be of a library that does without
+
+            pointer = cupy.cuda.runtime.pointerGetAttributes(address)
             place = f"cuda:{pointer.device}"
     return Tensor(address, dtype, shape, tuple(strides), place, not read_only)
 
