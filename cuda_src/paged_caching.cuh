@@ -99,23 +99,20 @@ __device__ __noinline__ void reportInvalid(const PagedCachingParameters& p, unsi
     if (slot < static_cast<long long>(p.num_slots)) continue;
     const long long token = p.first_token + in_launch;
     atomicAdd(&p.invalid->count, 1ULL);
+    // Of the threads here together, the first has the lowest token. It alone takes the lock: two of
+    // a warp might wait for each other, one to free it and one to go on together.
+    if (static_cast<int>(threadIdx.x % 32) != __ffs(__activemask()) - 1) continue;
     volatile long long* const lowest = &p.invalid->token;
-    // Few threads lower the lowest token, so a mapping that is wrong throughout does not queue
-    // here.
-    bool done = token >= *lowest;
-    while (!done) {
-      // Taken and freed in one turn of the loop: threads of one warp may wait for each other.
-      if (atomicCAS(&p.invalid->lock, 0ULL, 1ULL) == 0) {
-        __threadfence();
-        if (token < *lowest) {
-          *lowest = token;
-          *static_cast<volatile long long*>(&p.invalid->slot) = slot;
-        }
-        __threadfence();
-        atomicExch(&p.invalid->lock, 0ULL);
-        done = true;
-      }
+    if (token >= *lowest) continue;  // as for most warps, where a mapping is wrong throughout
+    while (atomicCAS(&p.invalid->lock, 0ULL, 1ULL) != 0) {
     }
+    __threadfence();
+    if (token < *lowest) {
+      *lowest = token;
+      *static_cast<volatile long long*>(&p.invalid->slot) = slot;
+    }
+    __threadfence();
+    atomicExch(&p.invalid->lock, 0ULL);
   }
 }
 

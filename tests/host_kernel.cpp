@@ -27,6 +27,10 @@ static unsigned long long atomicCAS(unsigned long long* at, unsigned long long o
 }
 static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
+// A warp of one thread.
+static unsigned int __activemask() { return 1u << (threadIdx.x % 32); }
+static int __ffs(unsigned int value) { return __builtin_ffs(static_cast<int>(value)); }
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
