@@ -103,16 +103,17 @@ __device__ __noinline__ void reportInvalid(const PagedCachingParameters& p, unsi
     // a warp might wait for each other, one to free it and one to go on together.
     if (static_cast<int>(threadIdx.x % 32) != __ffs(__activemask()) - 1) continue;
     volatile long long* const lowest = &p.invalid->token;
-    if (token >= *lowest) continue;  // as for most warps, where a mapping is wrong throughout
-    while (atomicCAS(&p.invalid->lock, 0ULL, 1ULL) != 0) {
+    // Most find a lower one before they get it, where a mapping is wrong throughout.
+    while (token < *lowest) {
+      if (atomicCAS(&p.invalid->lock, 0ULL, 1ULL) != 0) continue;
+      __threadfence();
+      if (token < *lowest) {
+        *lowest = token;
+        *static_cast<volatile long long*>(&p.invalid->slot) = slot;
+      }
+      __threadfence();
+      atomicExch(&p.invalid->lock, 0ULL);
     }
-    __threadfence();
-    if (token < *lowest) {
-      *lowest = token;
-      *static_cast<volatile long long*>(&p.invalid->slot) = slot;
-    }
-    __threadfence();
-    atomicExch(&p.invalid->lock, 0ULL);
   }
 }
 
@@ -129,8 +130,8 @@ __device__ __forceinline__ void keep([[maybe_unused]] long long& value) {
 template <int kWidth>
 constexpr int kPerThread = kWidth == 16 ? 1 : 2;
 
-// In a block; THREADS of the host has no more. So many that 2048 of them, as many as most devices
-// hold, must fit on a multiprocessor: 32 registers each.
+// In a block; THREADS of the host has no more. The bound below says that 2048 of them must fit on a
+// multiprocessor, so 32 registers each; where only 1536 can stand (7.5, 8.6, 8.9, 12.0) it is void.
 constexpr int kMostThreads = 512;
 
 // Grid: enough threads for `vectors`. Each copies a vector of K and the one of V at the same place,

@@ -102,10 +102,11 @@ class HostRecord:
         self._words = (ctypes.c_int64 * len(empty))(*empty)
         self.address = ctypes.addressof(self._words)
 
-    def take(self):
-        words = np.array(self._words)
+    def read(self):
+        return list(self._words)
+
+    def clear(self):
         self._words[:] = self._empty
-        return None if words.tolist() == list(self._empty) else words
 
 
 def descriptor_on(device, case, *, raising=False, debug=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,7 @@ from layouts import expected, same, simple_case
 
 import pagedcache as pc
 from pagedcache.backend.nvidia import paged_caching
+from pagedcache.info import InvalidSlots
 from pagedcache.status import Status
 
 pytest.importorskip("cupy")
@@ -31,21 +31,21 @@ class Stream:
         pass
 
 
-class Memory:
-    def __init__(self, size):
-        self.buffer = ctypes.create_string_buffer(size)
-        self.ptr = ctypes.addressof(self.buffer)
-
-
 class Runtime:
     """Stands where cupy.cuda.runtime stands; keeps what it was asked."""
 
     CUDARuntimeError = Error
-    memcpyDeviceToHost = memcpyHostToDevice = 0  # noqa: N815
+    memcpyHostToDevice, memcpyDeviceToHost = 1, 2  # noqa: N815
     broken = capturing = False
 
     def __init__(self):
         self.calls = []
+        self.memory = []
+
+    def malloc(self, size):
+        self.calls.append("malloc")
+        self.memory.append(ctypes.create_string_buffer(b"\xab" * size, size))
+        return ctypes.addressof(self.memory[-1])
 
     def memcpyAsync(self, target, source, size, kind, stream):  # noqa: N802
         ctypes.memmove(target, source, size)
@@ -65,8 +65,6 @@ class Runtime:
 class Current:
     """Stands where a cupy.cuda.Device stands."""
 
-    waits = 0
-
     def __init__(self, index):
         assert index == 0
 
@@ -76,9 +74,6 @@ class Current:
     def __exit__(self, *_):
         return None
 
-    def synchronize(self):
-        Current.waits += 1
-
 
 @pytest.fixture
 def device(monkeypatch):
@@ -87,7 +82,7 @@ def device(monkeypatch):
     from pagedcache.backend.nvidia import record
 
     runtime = Runtime()
-    cuda = SimpleNamespace(Device=Current, Stream=Stream, alloc=Memory)
+    cuda = SimpleNamespace(Device=Current, Stream=Stream)
     for module in (room, record):
         monkeypatch.setattr(module, "cupy", SimpleNamespace(cuda=cuda))
         monkeypatch.setattr(module, "runtime", runtime)
@@ -104,34 +99,66 @@ def add(record, *words):
     (ctypes.c_int64 * 4).from_address(record.address)[:] = words
 
 
-def test_a_record_is_told_once(device):
+def test_a_record_is_of_one_owner(device):
     one, other = device.record(paged_caching.EMPTY), device.record(paged_caching.EMPTY)
-    assert one.take() is None
+    assert one.read() == other.read() == list(paged_caching.EMPTY)
     add(one, 3, 0, 5, 99)
-    assert other.take() is None
-    assert one.take().tolist() == [3, 0, 5, 99]
-    assert one.take() is None
+    assert one.read() == [3, 0, 5, 99]
+    assert other.read() == list(paged_caching.EMPTY)
+    one.clear()
+    assert one.read() == list(paged_caching.EMPTY)
 
 
-def test_records_come_back_only_when_no_kernel_can_write_to_them(device, monkeypatch):
-    monkeypatch.setattr(Current, "waits", 0)
-    seen = []
-    for _ in range(1024):
-        record = device.record(paged_caching.EMPTY)
-        seen.append(record.address)
-        late = record.address
-        del record
-        gc.collect(0)
-    assert len(set(seen)) == 1024
-    assert Current.waits == 0
-    (ctypes.c_int64 * 4).from_address(late)[:] = (1, 0, 1, 1)  # a kernel that was still queued
-    live = [device.record(paged_caching.EMPTY) for _ in range(1024)]
-    assert Current.waits == 1
-    assert {record.address for record in live} == set(seen)
-    assert all(record.take() is None for record in live)
-    more = device.record(paged_caching.EMPTY)  # another slab, since all are in use
-    assert more.address not in seen
-    assert Current.waits == 1
+def test_records_are_never_used_again(device):
+    """A queued kernel, or a graph, may write to one whose owner is gone."""
+    seen = {device.record(paged_caching.EMPTY).address for _ in range(2100)}
+    assert len(seen) == 2100
+    assert device.runtime.calls.count("malloc") == 3
+    live = device.record(paged_caching.EMPTY)
+    for address in seen:
+        (ctypes.c_int64 * 4).from_address(address)[:] = (1, 0, 1, 1)
+    assert live.read() == list(paged_caching.EMPTY)
+
+
+def test_no_memory_is_allocated_in_a_capture(device):
+    device.record(paged_caching.EMPTY)
+    device.runtime.capturing = True
+    for _ in range(1023):
+        device.record(paged_caching.EMPTY)
+    with pytest.raises(NotImplementedError, match="first memory cannot be done while a stream"):
+        device.record(paged_caching.EMPTY)
+
+
+def test_half_a_report_is_told_later(device, monkeypatch):
+    """One that a kernel is writing while it is read."""
+    monkeypatch.setattr(device, "compile", lambda file, names: [0] * len(names))
+    info = pc.Descriptor.create(*simple_case().arrays()).info
+    write = paged_caching.PagedCaching(info, device)
+    most = 2**63 - 1
+    for half in ((1, 0, most, 0), (0, 0, 7, 28), (0, 1, most, 0)):
+        add(write._invalid, *half)
+        assert write.invalid_slots(3) is None
+        assert write._invalid.read() == list(half)
+    add(write._invalid, 1, 0, 7, 28)
+    assert write.invalid_slots(None) == InvalidSlots(1, 7, 28)
+    assert write.invalid_slots(None) is None
+    device.runtime.broken = True
+    with pytest.raises(RuntimeError, match="work that was queued before it failed"):
+        write.invalid_slots(3)
+
+
+def test_a_broken_capture_is_a_capture(device, monkeypatch):
+    def broken(stream):
+        raise RuntimeError("stream is invalidated")
+
+    def implicit(stream):
+        error = Error("cudaErrorStreamCaptureImplicit")
+        error.status = 906
+        raise error
+
+    for answer in (broken, implicit):
+        monkeypatch.setattr(device.runtime, "streamIsCapturing", answer)
+        assert device.capturing(0)
 
 
 def test_reading_and_waiting(device):

@@ -305,7 +305,11 @@ def launch(monkeypatch):
         )
         monkeypatch.setattr(room, "driver", fake)
         monkeypatch.setattr(
-            room, "runtime", SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1)
+            room,
+            "runtime",
+            SimpleNamespace(
+                getDevice=lambda: 0, getDeviceCount=lambda: 1, CUDARuntimeError=DriverError
+            ),
         )
         monkeypatch.setattr(room, "launch_extended", lambda: lambda *_: status)
         return room.Launch(0, 1, 64, (0,), programmatic=True)

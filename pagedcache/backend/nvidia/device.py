@@ -15,7 +15,7 @@ from cupy.cuda import driver, runtime
 
 from pagedcache.arrays import current_streams
 from pagedcache.backend.nvidia import source
-from pagedcache.backend.nvidia.launch import NOT_CAPTURED, Launch, failure, launch_extended
+from pagedcache.backend.nvidia.launch import CAPTURE, NOT_CAPTURED, Launch, failure, launch_extended
 from pagedcache.backend.nvidia.record import Record, Records
 from pagedcache.backend.protocol import load_operator
 from pagedcache.status import (
@@ -132,15 +132,15 @@ class CudaDevice:
         CompileError
             With the compiler's log, or with why the result cannot be kept.
         NotSupportedError
-            A stream is captured, where nothing can be compiled or loaded.
+            A stream is captured; compiling then is refused, since most captures forbid loading.
         """
         key = (file, expressions)
         with self._compiling:
             if key not in self._compiled:
-                if self._captures():
+                if self.captures():
                     rule = f"{NOT_CAPTURED}; call pagedcache.warmup() before the capture"
                     raise NotSupportedError(f"compilation of {file}", rule)
-                with self._current("load"):
+                with self.current("load"):
                     module = cupy.RawModule(
                         code=source.read(file), options=OPTIONS, name_expressions=expressions
                     )
@@ -184,15 +184,22 @@ class CudaDevice:
         rule = "must be None, a cupy or torch stream, an int or have __cuda_stream__"
         raise BadParamTypeError("stream", rule, repr(stream))
 
-    def _captures(self) -> bool:
+    def captures(self) -> bool:
         """Tell whether a current stream is being captured."""
         streams = (self.current_stream(), *current_streams(self.index))
         return any(self.capturing(stream) for stream in streams)
 
     def capturing(self, stream: int) -> bool:
         """Tell whether a stream is being captured into a graph."""
-        with self._current():
-            return bool(runtime.streamIsCapturing(stream))
+        try:
+            with cupy.cuda.Device(self.index):
+                return bool(runtime.streamIsCapturing(stream))
+        except runtime.CUDARuntimeError as error:
+            if error.status in CAPTURE:
+                return True  # the default stream cannot be asked while another is captured
+            raise failure("call", self.index, error) from error
+        except RuntimeError:  # what CuPy makes of a capture that is broken already
+            return True
 
     def read(self, address: int, size: int, stream: int) -> Array:
         """Return a copy of device memory, as bytes, once all that is queued on `stream` is done.
@@ -203,7 +210,7 @@ class CudaDevice:
             Something that was queued before failed.
         """
         data = np.empty(size, np.uint8)
-        with self._current("read"):
+        with self.current("read"):
             kind = runtime.memcpyDeviceToHost
             runtime.memcpyAsync(data.ctypes.data, address, size, kind, stream)
             runtime.streamSynchronize(stream)
@@ -219,20 +226,20 @@ class CudaDevice:
         NotSupportedError
             The whole device is waited for while a stream is captured, which would end the capture.
         """
-        if stream is None and self._captures():
+        if stream is None and self.captures():
             raise NotSupportedError(f"waiting for {self.name}", NOT_CAPTURED)
-        with self._current("wait"):
+        with self.current("wait"):
             if stream is None:
                 runtime.deviceSynchronize()
             else:
                 runtime.streamSynchronize(stream)
 
     def record(self, empty: tuple[int, ...]) -> Record:
-        """Return a new record that reads `empty` when nothing was added to it."""
-        return self._records.setdefault(empty, Records(self.index, empty)).new()
+        """Return a new record that reads `empty` until something is added; see `Records.new`."""
+        return self._records.setdefault(empty, Records(self, empty)).new()
 
     @contextlib.contextmanager
-    def _current(self, step: str = "call") -> Iterator[None]:
+    def current(self, step: str) -> Iterator[None]:
         """Make this the current device, and name whose fault an error is."""
         try:
             with cupy.cuda.Device(self.index):

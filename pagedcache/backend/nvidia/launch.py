@@ -27,7 +27,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # (220), address, time-out, peer, assert (700 to 710), stack, instruction, alignment, address space,
 # program counter, failure (714 to 719). The runtime's numbers are the same.
 _CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
-_CAPTURE = range(900, 908)  # what a stream capture does not allow
+CAPTURE = range(900, 908)  # what a stream capture does not allow
 NOT_CAPTURED = "cannot be done while a stream is captured"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
@@ -105,7 +105,7 @@ class Launch:
                 else:
                     with cupy.cuda.Device(device):
                         queue(blocks, stream)
-            except driver.CUDADriverError as error:
+            except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
                 if error.status != _NO_CONTEXT or driver.ctxGetCurrent():
                     raise failure("launch", device, error) from error
                 _retry_with_context(device, queue, blocks, stream)
@@ -150,7 +150,7 @@ def _retry_with_context(
     runtime.setDevice(device)
     try:
         queue(blocks, stream)
-    except driver.CUDADriverError as error:
+    except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
         raise failure("launch", device, error) from error
 
 
@@ -172,7 +172,7 @@ def failure(what: str, device: int, error: Any) -> LaunchError:
             f"({error}); this process cannot use the GPU any more, start a new one"
         )
         return LaunchError(what, rule)
-    if error.status in _CAPTURE:
+    if error.status in CAPTURE:
         return LaunchError(f"{what} on cuda:{device}", f"{NOT_CAPTURED} ({error})")
     return LaunchError(what, f"on cuda:{device} failed: {error}")
 

@@ -7,6 +7,7 @@ through the device that it is given, so a test can give it one that runs the ker
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.backend.protocol import LaunchConfig
@@ -56,7 +57,6 @@ class PagedCaching:
             raise NotSupportedError("k_cache", rule, info.num_slots)
         self._device = device
         self._current_stream = device.current_stream
-        self._invalid = device.record(EMPTY)
         self._threads = THREADS[device.limits.thread_class]
         few = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
@@ -65,6 +65,8 @@ class PagedCaching:
         possible = [width for width in WIDTHS if info.dtype.itemsize <= width]
         names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in possible)
         functions = dict(zip(possible, device.compile(FILE, names), strict=True))
+        self._invalid = device.record(EMPTY)
+        self._telling = threading.Lock()
         widest = _alignment(info)
         most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
@@ -117,10 +119,12 @@ class PagedCaching:
         Of all writes that are done since this was last called; it is forgotten then.
         """
         self._device.wait(stream)
-        words = self._invalid.take()
-        if words is None:
-            return None
-        count, _, token, slot = words.tolist()
+        with self._telling:
+            count, _, token, slot = self._invalid.read()
+            # One without the other is from a kernel that runs only now, and is told next time.
+            if count == 0 or token == EMPTY[2]:
+                return None
+            self._invalid.clear()
         return InvalidSlots(count, token, slot)
 
     def _launch(

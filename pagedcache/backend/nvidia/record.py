@@ -10,81 +10,81 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from pagedcache.backend.nvidia.launch import NOT_CAPTURED
+from pagedcache.status import NotSupportedError
+
 if TYPE_CHECKING:
+    from pagedcache.backend.nvidia.device import CudaDevice
     from pagedcache.tensors import Array
 
-
 WORDS = 4
-_COUNT = 1024  # records in a slab
 _SIZE = WORDS * 8
+_COUNT = 1024  # records in a slab
 
 
 class Records:
-    """The records of one device, all of which read `empty` when nothing was added to them.
+    """The records of one device, all of which read `empty` until something is added to them.
 
-    Their memory is never given back. A kernel that is still queued, or a graph that is replayed,
-    may write to a record whose owner is gone: it must not hit somebody else's memory then.
+    A record is never used again and its memory never given back: a kernel that is still queued, or
+    a graph that is replayed, may write to one whose owner is long gone. That is 32 bytes for each
+    owner, for the life of the process.
 
     Parameters
     ----------
-    device : int
+    device : CudaDevice
     empty : sequence of int
         `WORDS` words of 64 bits.
     """
 
-    def __init__(self, device: int, empty: Sequence[int]) -> None:
+    def __init__(self, device: CudaDevice, empty: Sequence[int]) -> None:
         self._device = device
         self._empty = np.array(empty, np.int64)
-        self._slabs: list[cupy.cuda.MemoryPointer] = []
         self._free: list[int] = []
-        self._retired: list[int] = []
         self._lock = threading.Lock()
 
     def new(self) -> Record:
         """Return an empty record of which nobody else knows.
 
-        Allocates, or waits for the device, once in about a thousand calls, and else touches no
-        device, so it may be called while a stream is captured.
+        Touches the device once in about a thousand calls, when it allocates.
+
+        Raises
+        ------
+        NotSupportedError
+            It must allocate, and a stream is captured.
+        LaunchError
+            The device refuses.
         """
-        with self._lock, cupy.cuda.Device(self._device):
-            if not self._free and len(self._retired) >= _COUNT:
-                # What is queued now may still write to them; what comes later knows them not.
-                cupy.cuda.Device(self._device).synchronize()
-                self._free, self._retired = self._retired, []
-                for address in self._free:
-                    self._clear(address, 1)
+        with self._lock:
             if not self._free:
-                slab = cupy.cuda.alloc(_COUNT * _SIZE)
-                self._slabs.append(slab)
-                self._clear(slab.ptr, _COUNT)
-                self._free = [slab.ptr + index * _SIZE for index in range(_COUNT)]
+                self._free = self._slab()
             return Record(self, self._free.pop())
 
-    def take(self, address: int) -> Array | None:
-        """Return the words of a record and clear it; ``None`` if it was empty.
+    def _slab(self) -> list[int]:
+        if self._device.captures():
+            raise NotSupportedError("a descriptor's first memory", NOT_CAPTURED)
+        with self._device.current("allocation"):
+            # Not from a pool, whose memory other streams may still write to.
+            slab = runtime.malloc(_COUNT * _SIZE)
+        self.copy(slab, np.tile(self._empty, _COUNT), runtime.memcpyHostToDevice)
+        return [slab + index * _SIZE for index in range(_COUNT)]
 
-        The caller has waited for the kernels whose additions it wants. Those of kernels that run
-        meanwhile may be lost.
-        """
-        words = np.empty(WORDS, np.int64)
-        with cupy.cuda.Device(self._device):
-            _copy(words.ctypes.data, address, _SIZE, runtime.memcpyDeviceToHost)
-            if np.array_equal(words, self._empty):
-                return None
-            self._clear(address, 1)
-        return words
+    def copy(self, address: int, words: Array, kind: int) -> None:
+        """Copy words to or from the device, on a stream that waits for no other."""
+        ends = [address, words.ctypes.data]
+        if kind == runtime.memcpyDeviceToHost:
+            ends.reverse()
+        with self._device.current("copy"):
+            stream = cupy.cuda.Stream(non_blocking=True)
+            runtime.memcpyAsync(*ends, words.nbytes, kind, stream.ptr)
+            stream.synchronize()
 
-    def retire(self, address: int) -> None:
-        """Take back a record; it is used again when no kernel can write to it any more."""
-        self._retired.append(address)
-
-    def _clear(self, address: int, count: int) -> None:
-        words = np.tile(self._empty, count)
-        _copy(address, words.ctypes.data, words.nbytes, runtime.memcpyHostToDevice)
+    def clear(self, address: int) -> None:
+        """Make a record read empty."""
+        self.copy(address, self._empty, runtime.memcpyHostToDevice)
 
 
 class Record:
-    """One record; lives as long as this object.
+    """One record.
 
     Attributes
     ----------
@@ -96,16 +96,12 @@ class Record:
         self._records = records
         self.address = address
 
-    def take(self) -> Array | None:
-        """See `Records.take`."""
-        return self._records.take(self.address)
+    def read(self) -> list[int]:
+        """Return the words, with what has been added by kernels that are done."""
+        words = np.empty(WORDS, np.int64)
+        self._records.copy(self.address, words, runtime.memcpyDeviceToHost)
+        return [int(word) for word in words]
 
-    def __del__(self) -> None:
-        self._records.retire(self.address)
-
-
-def _copy(target: int, source: int, size: int, kind: int) -> None:
-    """Copy and wait for it, on a stream that waits for no other."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    runtime.memcpyAsync(target, source, size, kind, stream.ptr)
-    stream.synchronize()
+    def clear(self) -> None:
+        """Make the record read empty; what kernels that still run add may be lost."""
+        self._records.clear(self.address)
