@@ -96,6 +96,12 @@ def test_flashinfer(of, layout, apart):
         *sources, given, of(kv_indices), of(kv_indptr), of(last), kv_layout=layout
     )
     assert np.array_equal(pages, wanted)
+    # Past the pages of its sequence, of a sequence that is not there, and with no pages at all.
+    for where, position, table in ((1, 4, kv_indices), (3, 0, kv_indices), (0, 0, kv_indices[:0])):
+        lost = of(np.full(6, where, np.int32)), of(np.full(6, position, np.int32))
+        rest = (given, of(table), of(kv_indptr), of(last), layout)
+        append_paged_kv_cache(*sources[:2], *lost, *rest)
+        assert np.array_equal(pages, wanted)
     for bad in (of(pages[0]), (of(pages[0, 0]), of(pages[0, 1]))):
         with pytest.raises(ValueError, match="paged_kv_cache must have"):
             append_paged_kv_cache(*sources, bad, of(kv_indices), of(kv_indptr), of(last))

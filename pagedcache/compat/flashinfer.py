@@ -32,7 +32,8 @@ def append_paged_kv_cache(
     batch_indices : array
         ``[num_tokens]``: which sequence each token is of; negative: padding, skipped.
     positions : array
-        ``[num_tokens]``: where in its sequence.
+        ``[num_tokens]``: where in its sequence. A token past the pages of its sequence, or of a
+        sequence that is not there, is not written, as a slot past the end is not.
     paged_kv_cache : array or pair of arrays
         ``[num_pages, 2, page_size, num_kv_heads, head_size]`` for ``"NHD"``,
         ``[num_pages, 2, num_kv_heads, page_size, head_size]`` for ``"HND"``; or K and V apart,
@@ -68,10 +69,16 @@ def append_paged_kv_cache(
             rule = f"must have 4 axes in its {name}"
             raise BadTensorShapeError("paged_kv_cache", rule, f"shape {tuple(cache.shape)}")
     page_size = k_cache.shape[2 if kv_layout == "HND" else 1]
-    used = _int64(batch_indices >= 0)  # 1, or 0 for padding, whose sequence and position are then 0
-    batch, position = _int64(batch_indices) * used, _int64(positions) * used
-    page = _int64(kv_indices[kv_indptr[batch] + position // page_size])
-    slots = (page * page_size + position % page_size) * used + (used - 1)
+    # All of these are 1 or 0, so that no index leaves its array, whatever the input.
+    used = _int64(batch_indices >= 0)
+    known = used * _int64(batch_indices < len(kv_indptr) - 1) * _int64(positions >= 0)
+    batch, position = _int64(batch_indices) * known, _int64(positions) * known
+    entry = kv_indptr[batch] + position // page_size
+    inside = known * _int64(entry < kv_indptr[batch + 1]) * _int64(entry < len(kv_indices))
+    page = _int64(kv_indices[entry * inside]) if len(kv_indices) else inside
+    valid = inside * (page * page_size + position % page_size)
+    past_end = (used - inside) * (k_cache.shape[0] * page_size)
+    slots = valid + past_end + (used - 1)
     paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
 
 
