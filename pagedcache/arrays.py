@@ -331,6 +331,13 @@ _CUDA_INTERFACE = Reader(_unseen, _unseen, _read_cuda_interface, _interface_stre
 _INTERFACE = Reader(_unseen, _unseen, _read_interface)  # type: ignore[arg-type]
 
 
+_EXPORTERS = {
+    "__dlpack__": _DLPACK,
+    "__cuda_array_interface__": _CUDA_INTERFACE,
+    "__array_interface__": _INTERFACE,
+}
+
+
 def _find_reader(subject: str, array: object) -> Reader:
     if array is None:
         raise NullPointerError(subject, "must be an array", "None")
@@ -343,17 +350,11 @@ def _find_reader(subject: str, array: object) -> Reader:
         reader = _torch_reader(torch)
     elif jax is not None and isinstance(array, jax.Array):
         reader = _JAX
-    elif hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        reader = _DLPACK
-    elif hasattr(array, "__cuda_array_interface__"):
-        reader = _CUDA_INTERFACE
-    elif hasattr(array, "__array_interface__"):
-        reader = _INTERFACE
-    else:
-        rule = (
-            "must be an array of NumPy, CuPy, PyTorch or JAX, or have __dlpack__, "
-            "__cuda_array_interface__ or __array_interface__"
-        )
+    else:  # an exporter, whose type is not worth remembering
+        for attribute, reader in _EXPORTERS.items():
+            if hasattr(array, attribute):
+                return reader
+        rule = f"must be an array of NumPy, CuPy, PyTorch or JAX, or have {' or '.join(_EXPORTERS)}"
         raise BadParamTypeError(subject, rule, _type_name(array))
     return readers.setdefault(type(array), reader)
 

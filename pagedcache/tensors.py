@@ -107,15 +107,15 @@ def view(address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int,
 
 
 def overlap(one: Array, other: Array) -> bool:
-    """Tell whether two views share a byte. Views too intricate to tell share none."""
+    """Tell whether two views share a byte. Views too intricate to tell count as if they did."""
     try:
         return np.shares_memory(one, other, max_work=_MOST_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
-        return False
+        return True
 
 
 def overlaps_itself(array: Array) -> bool:
-    """Tell whether two elements of a view share a byte. One too intricate to tell has none."""
+    """Tell whether two elements of a view share a byte, with the same caution."""
     # Two elements differ first on some axis: there, one is at 0 and the other at 1 or more.
     for axis in range(array.ndim):
         rest = array[(0,) * axis]

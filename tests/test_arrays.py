@@ -295,6 +295,28 @@ def test_what_torch_does_not_hold_in_memory():
     assert not np.array_equal(untouched["k_cache"], case.buffers["k_cache"])
 
 
+def test_a_tensor_whose_memory_was_freed():
+    pytest.importorskip("torch")
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    tensors = [torch_view(view) for view in case.arrays()]
+    descriptor = pc.Descriptor.create(*tensors)
+    descriptor.calculate(*tensors)
+    for position, name in enumerate(NAMES):
+        freed = list(tensors)
+        freed[position] = tensors[position].clone()
+        descriptor.calculate(*freed)
+        freed[position].untyped_storage().resize_(0)
+        for _ in range(2):
+            for call in (descriptor.calculate, pc.paged_caching):
+                with pytest.raises(pc.PagedCacheError, match=name) as caught:
+                    call(*freed)
+                assert caught.value.status in (pc.Status.NULL_POINTER, pc.Status.BAD_PARAM)
+    case.buffers["k_cache"][...] = wanted["k_cache"]
+    descriptor.calculate(*tensors)
+    same(case, wanted)
+
+
 def test_torch_parameters_and_subclasses():
     torch = pytest.importorskip("torch")
     case = simple_case(dtype="float32")

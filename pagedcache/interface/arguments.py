@@ -61,18 +61,18 @@ class Arguments:
 
     def _cache(self, name: str, array: Any, expected: Expected) -> int:
         if type(array) is int:
-            return _address(name, array, 1)
+            return not_null(name, array, 1)
         tensor = adopt(name, array)
         if tensor.shape != expected.shape:
             raise _unlike(BadTensorShapeError, name, f"shape {expected.shape}", tensor.shape)
         self._check_rest(name, tensor, expected)
         if not tensor.writable:
             raise BadParamError(name, "must be writable", "a read-only array")
-        return _address(name, tensor.address, 1)
+        return not_null(name, tensor.address, 1)
 
     def _rows(self, name: str, array: Any, expected: Expected, tokens: int) -> int:
         if type(array) is int:
-            return _address(name, array, tokens)
+            return not_null(name, array, tokens)
         tensor = adopt(name, array)
         shape = tensor.shape
         if len(shape) != 3 or shape[1:] != expected.shape:
@@ -82,19 +82,19 @@ class Arguments:
             rule = f"must have a row for each of the {tokens} slots of slot_mapping"
             raise BadTensorShapeError(name, rule, f"{shape[0]} rows")
         self._check_rest(name, tensor, expected)
-        return _address(name, tensor.address, tokens)
+        return not_null(name, tensor.address, tokens)
 
     def _slots(self, array: Any) -> tuple[int, int]:
         name, expected = "slot_mapping", self._expected[4]
         if type(array) is int:
             tokens = self._info.num_tokens
-            return _address(name, array, tokens), tokens
+            return not_null(name, array, tokens), tokens
         tensor = adopt(name, array)
         if len(tensor.shape) != 1:
             raise _unlike(BadTensorShapeError, name, "shape (num_tokens,)", tensor.shape)
         self._check_rest(name, tensor, expected)
         tokens = tensor.shape[0]
-        return _address(name, tensor.address, tokens), tokens
+        return not_null(name, tensor.address, tokens), tokens
 
     def _check_rest(self, name: str, tensor: Tensor, expected: Expected) -> None:
         if tensor.dtype != expected.dtype:
@@ -112,8 +112,9 @@ class Arguments:
             raise _unlike(BadParamError, name, f"device {self._device}", tensor.device)
 
     def refuse_addresses(self, addresses: tuple[int, ...]) -> None:
-        """Raise for the first of five addresses that is misaligned or past 2^63, if any is."""
+        """Raise for the first of five addresses that is 0, misaligned or past 2^63."""
         for name, address, expected in zip(NAMES, addresses, self._expected, strict=True):
+            not_null(name, address, 1)
             if address >> 63:
                 raise BadParamError(name, "must be an address below 2^63", hex(address))
             size = expected.dtype.itemsize
@@ -170,7 +171,8 @@ def as_address(name: str, value: object) -> int:
     return int(value)
 
 
-def _address(name: str, address: int, count: int) -> int:
+def not_null(name: str, address: int, count: int) -> int:
+    """Return the address of `count` things; raise if it is none."""
     if address <= 0 and count:
         raise NullPointerError(name, "must not be a null pointer", hex(address))
     return address

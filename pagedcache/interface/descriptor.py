@@ -13,7 +13,7 @@ import numpy as np
 from pagedcache.arrays import adopt, reader_of, readers
 from pagedcache.info import NAMES, PagedCachingInfo
 from pagedcache.interface import checks
-from pagedcache.interface.arguments import Arguments, as_address
+from pagedcache.interface.arguments import Arguments, as_address, not_null
 from pagedcache.interface.explain import SlotExplanation, as_html
 from pagedcache.interface.handle import Handle, parse_device
 from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
@@ -141,8 +141,9 @@ class Descriptor:
             rule = f"must be the device of the arrays, {place}"
             raise BadParamError("handle", rule, handle.device)
         if not any(isinstance(cache, TensorDescriptor) for cache in (k_cache, v_cache)):
-            caches = (adopt("k_cache", k_cache), adopt("v_cache", v_cache))
-            checks.refuse_overlap(info, *(cache.address for cache in caches))
+            caches = {"k_cache": k_cache, "v_cache": v_cache}
+            places = [not_null(name, adopt(name, at).address, 1) for name, at in caches.items()]
+            checks.refuse_overlap(info, *places)
         device = handle.opened()
         make = functools.partial(device.operator, "paged_caching", info)
         raising = on_invalid == "raise"
@@ -293,15 +294,21 @@ class Descriptor:
             self._check_and_write(arrays, looks, workspace, workspace_size, stream)
             return
         # What `write` does, without another call: this is the hot path.
-        if (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask or slots_at & self._slot_mask:
+        tokens = looks[4][0][0]
+        if not tokens:
+            return
+        if (
+            (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask
+            or slots_at & self._slot_mask
+            or not (k_cache_at and v_cache_at and k_at and v_at and slots_at)
+        ):
             self._arguments.refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
         if v_cache_at - k_cache_at != self._apart:
             self._apart = self._arguments.distance(k_cache_at, v_cache_at)
-        if tokens := looks[4][0][0]:
-            if current is not None and stream is None:
-                stream = current(k_cache, self.index)
-            opaque = self._opaque or self._alive()
-            opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+        if current is not None and stream is None:
+            stream = current(k_cache, self.index)
+        opaque = self._opaque or self._alive()
+        opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
 
     def write_at(
         self,
@@ -365,15 +372,19 @@ class Descriptor:
         stream: Any,
     ) -> None:
         """Check the addresses of tensors that are otherwise known to be right, and write."""
+        if not num_tokens:
+            return
         bits = k_cache | v_cache | k | v
-        if bits & self._item_mask or slot_mapping & self._slot_mask or (bits | slot_mapping) >> 63:
+        if (
+            bits & self._item_mask
+            or slot_mapping & self._slot_mask
+            or (bits | slot_mapping) >> 63
+            or not (k_cache and v_cache and k and v and slot_mapping)
+        ):
             self._arguments.refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
         if v_cache - k_cache != self._apart:
             self._apart = self._arguments.distance(k_cache, v_cache)
-        if num_tokens:
-            self._alive().calculate(
-                k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream
-            )
+        self._alive().calculate(k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream)
 
     def _check_and_write(
         self, arrays: tuple[Any, ...], looks: Any, workspace: Any, workspace_size: int, stream: Any
