@@ -22,6 +22,7 @@ from pagedcache.status import (
     BadParamTypeError,
     BadTensorDtypeError,
     NullPointerError,
+    PagedCacheError,
 )
 from pagedcache.tensors import Tensor, row_major
 
@@ -107,7 +108,7 @@ _NUMPY = Reader(
 )
 
 readers: dict[type, Reader] = {np.ndarray: _NUMPY}
-"""By type of array; a type is entered when the first array of it is seen."""
+"""By type of array, for those whose looks can be relied on; entered when the first is seen."""
 
 
 @functools.cache
@@ -136,6 +137,10 @@ def _torch_reader(torch: Any) -> Reader:
         return tensor.shape, stride(tensor), tensor.dtype, get_device(tensor), is_neg(tensor)
 
     def read(subject: str, tensor: Any) -> Tensor:
+        with _plain_memory(subject, tensor):
+            return read_dense(subject, tensor)
+
+    def read_dense(subject: str, tensor: Any) -> Tensor:
         if tensor.layout is not torch.strided:
             raise BadParamTypeError(subject, "must be a dense tensor", f"layout {tensor.layout}")
         if tensor.is_neg() or tensor.is_conj():
@@ -143,9 +148,9 @@ def _torch_reader(torch: Any) -> Reader:
             raise BadParamError(subject, rule, "a lazily negated or conjugated view")
         dtype = _torch_dtype(subject, tensor.dtype)
         strides = tuple(step * dtype.itemsize for step in tensor.stride())
-        with _plain_memory(subject, tensor):
-            address = tensor.data_ptr()
-        return Tensor(address, dtype, tuple(tensor.shape), strides, str(tensor.device), True)
+        return Tensor(
+            tensor.data_ptr(), dtype, tuple(tensor.shape), strides, str(tensor.device), True
+        )
 
     return Reader(
         look,
@@ -179,15 +184,16 @@ def _read_dlpack(subject: str, array: Any) -> Tensor:
         # On CUDA, -1 asks for no synchronisation.
         stream: dict[str, Any] = {"stream": -1} if int(kind) in _DLPACK_CUDA else {}
         try:
-            return _parse_dlpack(
-                subject, array.__dlpack__(max_version=(1, 0), copy=False, **stream)
-            )
-        except TypeError:  # an exporter from before versions, which cannot say that it copied ...
+            capsules = [
+                array.__dlpack__(max_version=(1, 0), copy=False, **stream) for _ in range(2)
+            ]
+        except TypeError:  # an exporter from before there were versions
             capsules = [array.__dlpack__(**stream) for _ in range(2)]
-            tensor, again = (_parse_dlpack(subject, capsule) for capsule in capsules)
-            if tensor.address != again.address:  # ... but then it did so twice
-                raise _copied(subject) from None
-            return tensor
+        # Not all that copy say so, but whoever does copies twice, while both are there.
+        tensor, again = (_parse_dlpack(subject, capsule) for capsule in capsules)
+        if tensor.address != again.address:
+            raise _copied(subject)
+        return tensor
 
 
 class _DLTensor(ctypes.Structure):
@@ -293,7 +299,8 @@ def _read_cuda_interface(subject: str, array: Any) -> Tensor:
 
 def _interface_stream(array: Any, _device: int) -> int:
     """Return the stream that the exporter names, or the default one."""
-    return int(array.__cuda_array_interface__.get("stream") or 0)
+    with _plain_memory("k_cache", array):
+        return int(array.__cuda_array_interface__.get("stream") or 0)
 
 
 def _interface_dtype(subject: str, name: str) -> Dtype:
@@ -304,8 +311,11 @@ def _interface_dtype(subject: str, name: str) -> Dtype:
 def _read_interface(subject: str, array: Any) -> Tensor:
     """Read ``__array_interface__``."""
     with _plain_memory(subject, array):
+        interface = array.__array_interface__
+        if not isinstance(interface["data"], tuple):  # a buffer, which may be one for this call
+            raise _copied(subject)
         seen = np.asarray(array, copy=False)
-        dtype = _interface_dtype(subject, array.__array_interface__["typestr"])
+        dtype = _interface_dtype(subject, interface["typestr"])
     return _read_numpy(subject, seen)._replace(dtype=dtype)
 
 
@@ -314,7 +324,7 @@ def _plain_memory(subject: str, array: Any) -> Iterator[None]:
     """Turn whatever an exporter fails with into one error."""
     try:
         yield
-    except (BadParamError, BadTensorDtypeError):
+    except PagedCacheError:
         raise
     except Exception as error:
         rule = f"must have memory that can be read without a copy ({error})"
@@ -343,20 +353,23 @@ def _find_reader(subject: str, array: object) -> Reader:
         raise NullPointerError(subject, "must be an array", "None")
     cupy, torch, jax = (sys.modules.get(name) for name in ("cupy", "torch", "jax"))
     if isinstance(array, np.ndarray):
-        reader = _NUMPY
+        reader, exact = _NUMPY, np.ndarray
     elif cupy is not None and isinstance(array, cupy.ndarray):
-        reader = _cupy_reader(cupy)
+        reader, exact = _cupy_reader(cupy), cupy.ndarray
     elif torch is not None and isinstance(array, torch.Tensor):
-        reader = _torch_reader(torch)
+        reader, exact = _torch_reader(torch), torch.Tensor
     elif jax is not None and isinstance(array, jax.Array):
-        reader = _JAX
-    else:  # an exporter, whose type is not worth remembering
+        return _JAX
+    else:
         for attribute, reader in _EXPORTERS.items():
-            if hasattr(array, attribute):
+            with contextlib.suppress(Exception):  # an attribute can fail in any way
+                getattr(array, attribute)
                 return reader
         rule = f"must be an array of NumPy, CuPy, PyTorch or JAX, or have {' or '.join(_EXPORTERS)}"
         raise BadParamTypeError(subject, rule, _type_name(array))
-    return readers.setdefault(type(array), reader)
+    if type(array) is not exact:
+        return reader._replace(look=_unseen)  # a subclass may show itself otherwise each time
+    return readers.setdefault(exact, reader)
 
 
 def _type_name(array: object) -> str:

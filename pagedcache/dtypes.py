@@ -40,6 +40,6 @@ def as_dtype(subject: str, value: object) -> Dtype:
     try:
         if value is not None:
             return np.dtype(value)  # type: ignore[call-overload, no-any-return]
-    except TypeError:
+    except Exception:  # NumPy has many for what is no dtype
         pass
     raise BadTensorDtypeError(subject, "must be a dtype or its name", repr(value))

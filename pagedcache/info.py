@@ -152,7 +152,7 @@ class PagedCachingInfo:
         BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
             The message names the tensor, the rule and what was found.
         """
-        if not isinstance(layout, str) or layout not in LAYOUTS:
+        if not isinstance(layout, str) or str(layout) not in LAYOUTS:
             raise BadParamError("layout", f"must be one of {', '.join(LAYOUTS)}", repr(layout))
         tensors = {
             "k_cache": k_cache,

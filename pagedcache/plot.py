@@ -31,7 +31,7 @@ def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None 
     Parameters
     ----------
     tables : mapping of str to sequence of int
-        The block table of each sequence, by its name.
+        The block table of each sequence, by its name; negative entries are padding.
     num_blocks : int
         Size of the pool.
     columns : int
@@ -43,6 +43,9 @@ def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None 
     -------
     matplotlib.axes.Axes
     """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    tables = _ints(tables)
     rows = -(-num_blocks // columns)
     ax = _axes(ax, columns, rows)
     colours = _colours(tables)
@@ -76,6 +79,7 @@ def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
     -------
     matplotlib.axes.Axes
     """
+    tables = _ints(tables)
     columns = max(1, *map(len, tables.values())) if tables else 1
     ax = _axes(ax, columns, len(tables))
     colours = _colours(tables)
@@ -143,6 +147,13 @@ def _axes(ax: Axes | None, columns: int, rows: int) -> Axes:
         _, ax = pyplot.subplots(figsize=(1.2 + 0.45 * columns, 0.9 + 0.45 * max(rows, 1)))
     ax.set_aspect("equal")
     return ax
+
+
+def _ints(tables: Tables) -> dict[str, list[int]]:
+    """Return the tables as lists, without padding (negative entries)."""
+    return {
+        name: [int(block) for block in table if int(block) >= 0] for name, table in tables.items()
+    }
 
 
 def _colours(tables: Tables) -> dict[str, str]:

@@ -61,15 +61,23 @@ class TensorDescriptor:
         device: str | None = None,
     ) -> None:
         lengths = _ints(shape)
-        if lengths is None or not all(0 <= length < _FAR for length in lengths):
-            rule = f"must be ints of 0 or more and below {_FAR}"
+        if (
+            lengths is None
+            or not all(0 <= length < _FAR for length in lengths)
+            or math.prod(lengths) >= _FAR
+        ):
+            rule = f"must be ints of 0 or more, for fewer than {_FAR} elements"
             raise BadTensorShapeError("shape", rule, repr(shape))
         steps = row_major(lengths) if strides is None else _ints(strides)
         if steps is None or len(steps) != len(lengths):
             rule = f"must be {len(lengths)} ints, one for each axis of shape {lengths}"
             raise BadTensorStridesError("strides", rule, repr(strides))
-        if not all(-_FAR < step < _FAR for step in steps):
-            raise BadTensorStridesError("strides", f"must be below {_FAR}", repr(strides))
+        spans = (
+            max(length - 1, 0) * abs(step) for length, step in zip(lengths, steps, strict=True)
+        )
+        if not all(-_FAR < step < _FAR for step in steps) or sum(spans) >= _FAR:
+            rule = f"must be below {_FAR} and span less than that"
+            raise BadTensorStridesError("strides", rule, repr(strides))
         if device is not None and not isinstance(device, str):
             raise BadParamTypeError("device", "must be a str such as 'cuda:0'", repr(device))
         object.__setattr__(self, "dtype", as_dtype("dtype", dtype))
@@ -147,5 +155,5 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _ints(values: Sequence[int]) -> tuple[int, ...] | None:
     try:
         return tuple(operator.index(value) for value in values)
-    except TypeError:
+    except Exception:  # of whatever it is that was given
         return None

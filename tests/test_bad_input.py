@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -505,3 +508,106 @@ def test_junk_gets_a_status_or_an_error_of_ours(data):
         if type(value) is not int:
             with pytest.raises(pc.PagedCacheError):
                 descriptor.calculate(*replaced)
+
+
+class Unhashable(str):
+    __hash__ = None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("value", [np.array(["HND", "HND"]), np.array(["HND"]), Unhashable("XND"),
+                                   mock.ANY, b"HND"])  # fmt: skip
+@pytest.mark.parametrize("option", ["layout", "on_invalid"])
+def test_options_of_any_type(option, value, warm):
+    case, arrays = good()
+    if warm:
+        pc.paged_caching(*arrays.values())
+    untouched = case.copy().buffers
+    for call in (pc.paged_caching, pc.Descriptor.create):
+        with pytest.raises(pc.PagedCacheError, match=f"{option} must be one of"):
+            call(*arrays.values(), **{option: value})
+    same(case, untouched)
+
+
+def test_strings_of_other_kinds_are_strings():
+    case, arrays = good()
+    wanted = expected(case)
+    pc.paged_caching(*arrays.values(), layout=np.str_("HND"), on_invalid=np.str_("skip"))
+    same(case, wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: pc.Handle("cpu:" + "9" * 5000), ValueError),
+        (lambda: pc.TensorDescriptor({"names": ["a"], "formats": []}, (1,)), TypeError),
+        (lambda: pc.TensorDescriptor(("f4", -1), (1,)), TypeError),
+        (lambda: pc.TensorDescriptor("f2,(", (1,)), TypeError),
+        (lambda: pc.TensorDescriptor("\ud800", (1,)), TypeError),
+        (lambda: pc.TensorDescriptor("f2", (1 // n for n in (1, 0))), ValueError),
+        (lambda: pc.TensorDescriptor("f2", (2**40, 2**10)), ValueError),
+        (lambda: pc.TensorDescriptor("f2", (2**20, 8), (2**47, 1)), ValueError),
+        (lambda: pc.warmup("cpu", dtypes=5), TypeError),
+        (lambda: pc.warmup("cpu", slot_dtypes=None), TypeError),
+    ],
+    ids=map(str, range(10)),
+)
+def test_odd_arguments(call, kind):
+    with pytest.raises(kind) as caught:
+        call()
+    assert isinstance(caught.value, pc.PagedCacheError)
+
+
+def test_explain_of_odd_slot_mappings():
+    _, arrays = good()
+    with pc.Descriptor.create(*arrays.values()) as descriptor:
+        for odd in (5, np.array(5), ["a"], [1.7], {1: 2}, np.zeros((2, 2), int)):
+            with pytest.raises(TypeError, match="slot_mapping must be ints along one axis"):
+                descriptor.explain(0, odd)
+    with pytest.raises(RuntimeError, match="destroy"):
+        descriptor.explain(0)
+
+
+def test_a_head_past_2_gib_is_refused_on_the_cpu():
+    cache, row = (pc.TensorDescriptor("f2", shape) for shape in ((2, 1, 2, 2**30), (1, 1, 2**30)))
+    slots = pc.TensorDescriptor("int64", (1,))
+    with pytest.raises(NotImplementedError, match="bytes of K or V in a head") as caught:
+        pc.Descriptor.create(cache, cache, row, row, slots)
+    assert caught.value.status == Status.NOT_IMPLEMENTED
+
+
+def test_a_block_past_the_range_of_its_slots():
+    cache = pc.TensorDescriptor("f2", (1, 1, 2**31, 1))
+    row, slots = pc.TensorDescriptor("f2", (2, 1, 1)), pc.TensorDescriptor("int32", (2,))
+    k_cache, v_cache = np.zeros((2, 6), np.float16)
+    k, where = np.ones(2, np.float16), np.array([0, 5], np.int32)
+    with pc.Descriptor.create(cache, cache, row, row, slots, handle=pc.Handle("cpu")) as descriptor:
+        # Far apart, as caches of that size would be, but only their first bytes are there.
+        descriptor._apart = v_cache.ctypes.data - k_cache.ctypes.data
+        descriptor.write_at(*(array.ctypes.data for array in (k_cache, v_cache, k, k, where)))
+    assert k_cache.tolist() == v_cache.tolist() == [1, 0, 0, 0, 0, 1]
+
+
+def test_threads_that_all_need_new_descriptors():
+    errors = []
+
+    def write(first):
+        try:
+            for size in range(first, first + 60):
+                cache = np.zeros((1, 1, 1, size), np.float16)
+                row = np.ones((1, 1, size), np.float16)
+                pc.paged_caching(cache, cache.copy(), row, row, np.array([0]))
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, range(1000, 1480, 60)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    from pagedcache.interface import one_call
+
+    assert len(one_call._descriptors) <= one_call._MOST_DESCRIPTORS

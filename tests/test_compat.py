@@ -44,7 +44,7 @@ def test_vllm(of, memory):
     reshape_and_cache_flash(*arrays, "auto", of(np.ones(1)), of(np.ones(1)))
     assert np.array_equal(caches, wanted)
     reshape_and_cache_flash(*arrays)
-    for dtype in ("fp8", "fp8_e5m2", "int8", "nvfp4"):
+    for dtype in ("fp8", "fp8_e5m2", "int8", "nvfp4", None, np.array(["auto"])):
         with pytest.raises(NotImplementedError, match="kv_cache_dtype must be 'auto'") as caught:
             reshape_and_cache_flash(*arrays, kv_cache_dtype=dtype)
         assert caught.value.status == pc.Status.NOT_IMPLEMENTED
@@ -63,6 +63,9 @@ def test_sglang(of, flat, indices):
     wanted[0][[29, 0, 3, 4]], wanted[1][[29, 0, 3, 4]] = k[[0, 1, 2, 4]], v[[0, 1, 2, 4]]
     store_cache(of(k), of(v), of(caches[0]), of(caches[1]), of(where))
     assert np.array_equal(caches, wanted)
+    for odd in (None, [[1.0]]):
+        with pytest.raises(TypeError, match="k must be an array"):
+            store_cache(odd, of(v), of(caches[0]), of(caches[1]), of(where))
     with pytest.raises(ValueError, match="k must have 2 or 3 axes") as caught:
         store_cache(of(k[None, None]), of(v), of(caches[0]), of(caches[1]), of(where))
     assert caught.value.status == pc.Status.BAD_TENSOR_SHAPE
@@ -96,6 +99,21 @@ def test_flashinfer(of, layout, apart):
         *sources, given, of(kv_indices), of(kv_indptr), of(last), kv_layout=layout
     )
     assert np.array_equal(pages, wanted)
+    # A page that is not there, and all padding with no pages and no sequences.
+    for table in ([99, 2, 7, 1, 0, 6], [2**31 - 1] * 6, [-5] * 6):
+        odd = of(np.array(table, np.int32))
+        where = (of(np.zeros(6, np.int32)), of(np.zeros(6, np.int32)))
+        append_paged_kv_cache(*sources[:2], *where, given, odd, of(kv_indptr), of(last), layout)
+    nothing = of(np.full(6, -1, np.int32)), of(np.full(6, -1, np.int32))
+    for ends in ([0], [0, 0]):
+        rest = (given, of(kv_indices[:0]), of(np.array(ends, np.int32)), of(last), layout)
+        append_paged_kv_cache(*sources[:2], *nothing, *rest)
+    assert np.array_equal(pages, wanted)
+    for odd in (None, [0, 1], "x"):
+        with pytest.raises(pc.PagedCacheError, match="positions, kv_indices and kv_indptr must be"):
+            append_paged_kv_cache(*sources, given, odd, of(kv_indptr), of(last), layout)
+        with pytest.raises(pc.PagedCacheError, match="paged_kv_cache must have 5 axes"):
+            append_paged_kv_cache(*sources, odd, of(kv_indices), of(kv_indptr), of(last), layout)
     # Past the pages of its sequence, of a sequence that is not there, and with no pages at all.
     for where, position, table in ((1, 4, kv_indices), (3, 0, kv_indices), (0, 0, kv_indices[:0])):
         lost = of(np.full(6, where, np.int32)), of(np.full(6, position, np.int32))

@@ -176,3 +176,12 @@ def test_one_row_and_then_one_that_stands_for_many(monkeypatch):
         pc.paged_caching(k_cache, v_cache, rows, rows, np.array(slots))
     assert (k_cache == 1).all()
     assert (v_cache == 1).all()
+
+
+def test_strided_slots_after_one_slot_of_the_same_step():
+    case = simple_case()
+    k_cache, v_cache, k, v, _ = case.arrays()
+    wide = np.array([3, 0, 5, 0, 7, 0])
+    pc.paged_caching(k_cache, v_cache, k, v, wide[:1:2])
+    with pytest.raises(ValueError, match="slot_mapping must have stride"):
+        pc.paged_caching(k_cache, v_cache, k, v, wide[::2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -138,3 +139,11 @@ def test_draws_where_it_is_told(draw):
     _, ax = pyplot.subplots()
     assert draw(ax) is ax
     assert pyplot.get_fignums() == [1]
+
+
+def test_padding_in_tables_is_no_block():
+    tables = {"A": np.array([3, 1, -1]), "B": np.array([3, -1, -1])}
+    ax = plot.pool(tables, 4)
+    assert ax.get_title() == "2 of 4 blocks in use"
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        plot.pool(tables, 4, columns=0)

@@ -77,6 +77,19 @@ def test_compiles_whole(op, backend):
     same(case, wanted)
 
 
+def test_autograd_notices_what_was_written_over(op):
+    case = simple_case(dtype="float32")
+    k_cache, v_cache, k, v, slots = tensors(case)
+    versions = k_cache._version, v_cache._version
+    x = torch.ones_like(k_cache, requires_grad=True)
+    product = (x * k_cache).sum()
+    op(k_cache, v_cache, k, v, slots)
+    assert k_cache._version > versions[0]
+    assert v_cache._version > versions[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_exports(op):
     class Step(torch.nn.Module):
         def forward(self, k_cache, v_cache, k, v, slots):

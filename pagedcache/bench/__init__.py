@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-slots", type=_positive, help="capacity of the caches")
     parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw rate against tokens there")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--plot", type=_file, metavar="FILE", help="draw rate against tokens there")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -307,6 +307,13 @@ def _progress(total: int) -> Iterator[Any]:
         return
     with tqdm(total=total, unit="size", leave=False, disable=not sys.stderr.isatty()) as bar:
         yield bar.update
+
+
+def _file(text: str) -> Path:
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{file.parent} is not a folder")
+    return file
 
 
 def _positive(text: str) -> int:

@@ -49,37 +49,59 @@ def append_paged_kv_cache(
     Raises
     ------
     BadTensorShapeError
-        `paged_kv_cache` is one array without five axes, or two without four.
+        `paged_kv_cache` is neither one array of five axes nor two of four.
     BadParamError
-        Unknown `kv_layout`.
+        Unknown `kv_layout`, or slots that cannot be computed from the others.
     PagedCacheError
         See `pagedcache.paged_caching`, also for streams and threads.
     """
-    if kv_layout not in ("NHD", "HND"):
+    if not isinstance(kv_layout, str) or kv_layout not in ("NHD", "HND"):
         raise BadParamError("kv_layout", "must be one of NHD, HND", repr(kv_layout))
+    k_cache, v_cache = _caches(paged_kv_cache)
+    num_pages, page_size = k_cache.shape[0], k_cache.shape[2 if kv_layout == "HND" else 1]
+    try:
+        pages = (kv_indices, kv_indptr, num_pages, page_size)
+        slots = _slots(batch_indices, positions, *pages)
+    except Exception as error:
+        rule = f"must be arrays of ints of one library ({error})"
+        raise BadParamError("batch_indices, positions, kv_indices and kv_indptr", rule) from error
+    paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
+
+
+def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
+    """Return the K and the V of a pool in either form."""
     if isinstance(paged_kv_cache, (tuple, list)):
-        k_cache, v_cache = paged_kv_cache
-    elif len(paged_kv_cache.shape) == 5:
-        k_cache, v_cache = paged_kv_cache[:, 0], paged_kv_cache[:, 1]
+        caches = tuple(paged_kv_cache)
+        got = f"{len(caches)} arrays"
     else:
-        rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays"
-        raise BadTensorShapeError("paged_kv_cache", rule, f"shape {tuple(paged_kv_cache.shape)}")
-    for name, cache in (("K", k_cache), ("V", v_cache)):
-        if len(cache.shape) != 4:
-            rule = f"must have 4 axes in its {name}"
-            raise BadTensorShapeError("paged_kv_cache", rule, f"shape {tuple(cache.shape)}")
-    page_size = k_cache.shape[2 if kv_layout == "HND" else 1]
-    # All of these are 1 or 0, so that no index leaves its array, whatever the input.
+        shape = tuple(getattr(paged_kv_cache, "shape", ()))
+        caches = (paged_kv_cache[:, 0], paged_kv_cache[:, 1]) if shape[1:2] == (2,) else ()
+        got = f"shape {shape}"
+    if len(caches) != 2 or any(len(getattr(cache, "shape", ())) != 4 for cache in caches):
+        rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays of 4 axes"
+        raise BadTensorShapeError("paged_kv_cache", rule, got)
+    return caches[0], caches[1]
+
+
+def _slots(
+    batch_indices: Any,
+    positions: Any,
+    kv_indices: Any,
+    kv_indptr: Any,
+    num_pages: int,
+    page_size: int,
+) -> Any:
+    # All conditions are 1 or 0, so that no index leaves its array, whatever the input.
     used = _int64(batch_indices >= 0)
     known = used * _int64(batch_indices < len(kv_indptr) - 1) * _int64(positions >= 0)
     batch, position = _int64(batch_indices) * known, _int64(positions) * known
-    entry = kv_indptr[batch] + position // page_size
-    inside = known * _int64(entry < kv_indptr[batch + 1]) * _int64(entry < len(kv_indices))
+    entry = _int64(kv_indptr[batch]) + position // page_size
+    end = _int64(kv_indptr[(batch + 1) * known])
+    inside = known * _int64(entry >= 0) * _int64(entry < end) * _int64(entry < len(kv_indices))
     page = _int64(kv_indices[entry * inside]) if len(kv_indices) else inside
-    valid = inside * (page * page_size + position % page_size)
-    past_end = (used - inside) * (k_cache.shape[0] * page_size)
-    slots = valid + past_end + (used - 1)
-    paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
+    inside = inside * _int64(page >= 0) * _int64(page < num_pages)
+    valid = page * inside * page_size + position * inside % page_size
+    return valid + (used - inside) * (num_pages * page_size) + (used - 1)
 
 
 def _int64(array: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pagedcache.interface.one_call import paged_caching
-from pagedcache.status import BadTensorShapeError
+from pagedcache.status import BadParamTypeError, BadTensorShapeError
 
 
 def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> None:
@@ -38,6 +38,8 @@ def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> Non
 
 def _rows(name: str, array: Any) -> Any:
     """Return ``[tokens, heads, size]``; a flat row is one head."""
+    if not hasattr(array, "shape") or not hasattr(array, "__getitem__"):
+        raise BadParamTypeError(name, "must be an array", f"{type(array).__name__}")
     axes = len(array.shape)
     if axes not in (2, 3):
         rule = "must have 2 or 3 axes [rows, (num_kv_heads,) size]"

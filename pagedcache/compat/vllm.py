@@ -41,7 +41,7 @@ def reshape_and_cache_flash(
     PagedCacheError
         See `pagedcache.paged_caching`, also for streams and threads.
     """
-    if kv_cache_dtype != "auto":
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype != "auto":
         rule = "must be 'auto'; a cache of another dtype than K and V is not supported yet"
         raise NotSupportedError("kv_cache_dtype", rule, repr(kv_cache_dtype))
     paged_caching(key_cache, value_cache, key, value, slot_mapping, layout="NHD")

@@ -125,7 +125,7 @@ class Descriptor:
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         described = [_describe(name, array) for name, array in zip(NAMES, arrays, strict=True)]
         info = PagedCachingInfo.create(*described, layout=layout)
-        if not isinstance(on_invalid, str) or on_invalid not in ON_INVALID:
+        if not isinstance(on_invalid, str) or str(on_invalid) not in ON_INVALID:
             rule = f"must be one of {', '.join(ON_INVALID)}"
             raise BadParamError("on_invalid", rule, repr(on_invalid))
         if debug is None:
@@ -207,19 +207,27 @@ class Descriptor:
         Raises
         ------
         BadParamError
-            `slot_or_token` is no int, or no token of `slot_mapping`.
+            `slot_or_token` is no int, or no token of `slot_mapping`; or that is no ints.
+        DestroyedError
+            After `destroy`.
         """
+        self._alive()
         try:
             slot, token = operator.index(slot_or_token), None
         except TypeError:
             rule = "must be an int"
             raise BadParamTypeError("slot_or_token", rule, repr(slot_or_token)) from None
         if slot_mapping is not None:
-            count = len(slot_mapping)
-            if not 0 <= slot < count:
+            try:
+                count = len(slot_mapping)
+                found = operator.index(slot_mapping[slot]) if 0 <= slot < count else None
+            except Exception as error:
+                rule = f"must be ints along one axis ({error})"
+                raise BadParamTypeError("slot_mapping", rule, type(slot_mapping)) from error
+            if found is None:
                 rule = f"must be one of the {count} tokens of slot_mapping"
                 raise BadParamError("slot_or_token", rule, slot)
-            slot, token = int(slot_mapping[slot]), slot
+            slot, token = found, slot
         return SlotExplanation.of(self.info, slot, token)
 
     def calculate(
@@ -391,12 +399,12 @@ class Descriptor:
     ) -> None:
         """Check everything, and remember what the arrays looked like."""
         self._alive()
+        k_cache, v_cache, k, v, slot_mapping, tokens = self._arguments.read(arrays)
         if stream is None and type(arrays[0]) is not int:
             current = reader_of("k_cache", arrays[0]).stream
             stream = current and current(arrays[0], self.index)
-        k_cache, v_cache, k, v, slot_mapping, tokens = self._arguments.read(arrays)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
-        if self.workspace_size == 0:
+        if self.workspace_size == 0 and all(type(array) in readers for array in arrays):
             self._accepted = looks
         self.write(k_cache, v_cache, k, v, slot_mapping, tokens, workspace_at, stream)
 

@@ -88,7 +88,7 @@ def parse_device(subject: str, device: object) -> tuple[str, int | None]:
     """
     if not isinstance(device, str):
         raise BadParamTypeError(subject, "must be a str such as 'cpu' or 'cuda:0'", repr(device))
-    match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d+))?", device)
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d{1,9}))?", device)
     if match is None:
         raise BadParamError(subject, "must read like 'cpu' or 'cuda:0'", repr(device))
     return match[1], None if match[2] is None else int(match[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.arrays import adopt, readers
@@ -74,13 +75,14 @@ def paged_caching(
     if (
         looks is None
         or looks != latest_looks
-        or layout != latest_layout
-        or on_invalid != latest_on_invalid
+        or layout is not latest_layout
+        or on_invalid is not latest_on_invalid
     ):
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         descriptor = _find_descriptor(arrays, layout, on_invalid)
         descriptor.calculate(*arrays, stream=stream)
-        _latest = layout, on_invalid, looks, descriptor
+        if all(type(array) in readers for array in arrays):
+            _latest = layout, on_invalid, looks, descriptor
         return
     tokens = looks[4][0][0]
     if current is not None and stream is None:
@@ -90,6 +92,7 @@ def paged_caching(
 
 _MOST_DESCRIPTORS = 256
 _descriptors: dict[Any, Descriptor] = {}
+_keeping = threading.Lock()
 # Options of the latest call, what its arrays looked like, and the descriptor that served it.
 _latest: tuple[Any, Any, Any, Any] = (None, None, None, None)
 
@@ -97,15 +100,16 @@ _latest: tuple[Any, Any, Any, Any] = (None, None, None, None)
 def _find_descriptor(arrays: tuple[Any, ...], layout: str, on_invalid: str) -> Descriptor:
     tensors = [adopt(name, array) for name, array in zip(NAMES, arrays, strict=True)]
     create = functools.partial(Descriptor.create, *arrays, layout=layout, on_invalid=on_invalid)
-    if not isinstance(layout, str) or not isinstance(on_invalid, str):
-        return create()  # which refuses it
+    if type(layout) is not str or type(on_invalid) is not str:
+        return create()  # which refuses what is no string at all
     key = (layout, on_invalid, *(_signature(tensor) for tensor in tensors))
     descriptor = _descriptors.get(key)
     if descriptor is None:
         descriptor = create()
-        if len(_descriptors) >= _MOST_DESCRIPTORS:
-            _descriptors.pop(next(iter(_descriptors)), None)
-        _descriptors[key] = descriptor
+        with _keeping:
+            while len(_descriptors) >= _MOST_DESCRIPTORS:
+                del _descriptors[next(iter(_descriptors))]
+            _descriptors[key] = descriptor
     return descriptor
 
 
@@ -115,4 +119,6 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
     if len(shape) == 3:
         step = token_step(shape, strides, dtype.itemsize)
         return dtype, shape[1:], (step, *strides[1:]), tensor.device
+    if len(shape) == 1 and shape[0] <= 1:
+        strides = (dtype.itemsize,)  # a step that is never taken
     return dtype, shape if len(shape) == 4 else shape[1:], strides, tensor.device

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pagedcache.dtypes import as_dtype
+from pagedcache.dtypes import Dtype, as_dtype
 from pagedcache.info import DTYPES, SLOT_DTYPES
 from pagedcache.interface.descriptor import Descriptor
 from pagedcache.interface.handle import Handle
+from pagedcache.status import BadParamTypeError
 from pagedcache.tensors import TensorDescriptor
 
 
@@ -75,9 +76,9 @@ def warming_up(
     device: str | None, *, dtypes: Iterable[object], slot_dtypes: Iterable[object]
 ) -> Iterator[WarmedUp]:
     """Do what `warmup` does, and tell of each step when it is done."""
+    kinds, slots = _dtypes("dtypes", dtypes), _dtypes("slot_dtypes", slot_dtypes)
     handle = Handle(device)
-    slots = [as_dtype("slot_dtypes", slot_dtype) for slot_dtype in slot_dtypes]
-    for dtype in [as_dtype("dtypes", dtype) for dtype in dtypes]:
+    for dtype in kinds:
         for slot_dtype in slots:
             start = time.perf_counter()
             cache, row = TensorDescriptor(dtype, (1,) * 4), TensorDescriptor(dtype, (1,) * 3)
@@ -85,3 +86,11 @@ def warming_up(
             Descriptor.create(cache, cache, row, row, mapping, handle=handle).destroy()
             seconds = time.perf_counter() - start
             yield WarmedUp(handle.device, dtype.name, slot_dtype.name, seconds)
+
+
+def _dtypes(name: str, values: Iterable[object]) -> list[Dtype]:
+    try:
+        listed = list(values)
+    except TypeError:
+        raise BadParamTypeError(name, "must be an iterable of dtypes", repr(values)) from None
+    return [as_dtype(name, value) for value in listed]

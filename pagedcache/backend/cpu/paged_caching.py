@@ -9,10 +9,13 @@ import numpy as np
 
 from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.info import InvalidSlots
+from pagedcache.status import NotSupportedError
 from pagedcache.tensors import Array, view
 
 if TYPE_CHECKING:
     from pagedcache.info import PagedCachingInfo
+
+_MOST_ROW = 2**31 - 1  # bytes of a NumPy element
 
 
 class PagedCaching:
@@ -67,7 +70,8 @@ class PagedCaching:
         """Write `num_tokens` rows of K and V, given the addresses of all five tensors."""
         info = self._info
         slot_size = info.slot_dtype.itemsize
-        slots = view(slot_mapping, info.slot_dtype, (num_tokens,), (slot_size,))
+        # A copy, since another thread may change them between two looks.
+        slots = view(slot_mapping, info.slot_dtype, (num_tokens,), (slot_size,)).astype(np.int64)
         past_end = slots >= info.num_slots
         written = (slots >= 0) & ~past_end
         tokens: Any = slice(None) if written.all() else written
@@ -101,7 +105,11 @@ class _Plane:
         cache_strides: tuple[int, ...],
     ) -> None:
         self._heads: tuple[int, ...] = (info.num_kv_heads,)
-        if row_strides[-1] == cache_strides[-1] == row_bytes or info.num_kv_heads == 1:
+        if row_bytes > _MOST_ROW:
+            rule = f"must have at most {_MOST_ROW} bytes of K or V in a head on the CPU"
+            raise NotSupportedError("k_cache", rule, row_bytes)
+        side_by_side = row_strides[-1] == cache_strides[-1] == row_bytes
+        if (side_by_side and row_bytes * info.num_kv_heads <= _MOST_ROW) or info.num_kv_heads == 1:
             # The heads of a token lie side by side on both sides: one row holds them all.
             row_bytes *= info.num_kv_heads
             self._heads, row_strides, cache_strides = (), row_strides[:1], cache_strides[:2]
