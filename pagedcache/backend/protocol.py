@@ -2,7 +2,8 @@
 
 A backend serves one type of device. It opens devices, and a device makes the implementation of an
 operator from that operator's info. An implementation is opaque to the interface layer: it gets
-addresses and counts, and keeps whatever its hardware needs to itself.
+addresses and counts, and keeps whatever its hardware needs to itself. What the interface asks of an
+implementation stands last here, a protocol for each operator.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
+    from pagedcache.info import InvalidSlots
     from pagedcache.tensors import Array
 
 
@@ -85,6 +87,38 @@ class Backend(Protocol):
 
     def open(self, index: int | None) -> Device:
         """Return device `index`; ``None`` is the one that the array library would use now."""
+
+
+class PagedCaching(Protocol):
+    """An implementation of ``"paged_caching"``, made from a `pagedcache.info.PagedCachingInfo`.
+
+    Any number of threads may use one at once.
+    """
+
+    workspace_size: int  # bytes of scratch memory that a call needs
+
+    def launch_config(self, num_tokens: int) -> LaunchConfig:
+        """Return the launch that a write of `num_tokens` tokens makes."""
+
+    def calculate(
+        self,
+        k_cache: int,
+        v_cache: int,
+        k: int,
+        v: int,
+        slot_mapping: int,
+        num_tokens: int,
+        workspace: int,
+        stream: Any,
+    ) -> None:
+        """Queue a write of one token or more, given the addresses of all five tensors.
+
+        Addresses are those of tensors as the info describes them, aligned to their item size.
+        Negative slots are skipped; those at or past the end are skipped and counted.
+        """
+
+    def invalid_slots(self, stream: int | None) -> InvalidSlots | None:
+        """Wait for a stream, or with ``None`` for the device; tell and forget what was counted."""
 
 
 def load_operator(package: str, operators: Mapping[str, str], name: str) -> Any:

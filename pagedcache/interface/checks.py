@@ -21,7 +21,7 @@ from pagedcache.status import (
 from pagedcache.tensors import Array, TensorDescriptor, overlap, view
 
 if TYPE_CHECKING:
-    from pagedcache.backend.protocol import Device
+    from pagedcache.backend.protocol import Device, PagedCaching
 
 _EXPONENTS = {F16: 0x7C00, BF16: 0x7F80, F32: 0x7F800000}  # all ones: infinity or NaN
 
@@ -62,7 +62,7 @@ class Checked:
 
     def __init__(
         self,
-        make: Callable[[], Any],
+        make: Callable[[], PagedCaching],
         device: Device,
         info: PagedCachingInfo,
         *,
@@ -76,7 +76,7 @@ class Checked:
         self.launch_config = self._shared.launch_config
         self.invalid_slots = self._shared.invalid_slots
         # Taken by one call at a time, so that it is told of its own slots only.
-        self._idle: list[Any] = []
+        self._idle: list[PagedCaching] = []
 
     def calculate(
         self,

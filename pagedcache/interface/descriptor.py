@@ -20,7 +20,7 @@ from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
 from pagedcache.tensors import TensorDescriptor
 
 if TYPE_CHECKING:
-    from pagedcache.backend.protocol import LaunchConfig
+    from pagedcache.backend.protocol import LaunchConfig, PagedCaching
 
 ON_INVALID = ("skip", "raise")
 
@@ -49,12 +49,12 @@ class Descriptor:
     so.
     """
 
-    def __init__(self, info: PagedCachingInfo, device: str, opaque: Any) -> None:
+    def __init__(self, info: PagedCachingInfo, device: str, opaque: PagedCaching) -> None:
         self.info = info
         self.device = device
         self.index = parse_device("device", device)[1] or 0
         self.workspace_size: int = opaque.workspace_size
-        self._opaque = opaque
+        self._opaque: PagedCaching | None = opaque
         self._arguments = Arguments(info, device)
         self._item_mask = info.dtype.itemsize - 1
         self._slot_mask = info.slot_dtype.itemsize - 1
@@ -458,7 +458,7 @@ class Descriptor:
             )
         return as_html(rows)
 
-    def _alive(self) -> Any:
+    def _alive(self) -> PagedCaching:
         if self._opaque is None:
             raise DestroyedError("descriptor", "must not be used after destroy")
         return self._opaque
