@@ -165,8 +165,7 @@ class Descriptor:
         """
         if not isinstance(num_tokens, (int, np.integer)) or num_tokens < 0:
             raise BadParamError("num_tokens", "must be an int of 0 or more", repr(num_tokens))
-        config: LaunchConfig = self._alive().launch_config(int(num_tokens))
-        return config
+        return self._alive().launch_config(int(num_tokens))
 
     def check(self) -> None:
         """Raise if a slot was at or past the end in the writes since the last check.
