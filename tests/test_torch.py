@@ -47,6 +47,15 @@ def test_writes(op):
         op(*tensors(case), layout="NHD", on_invalid="raise")
 
 
+@pytest.mark.parametrize("mode", ["inference_mode", "no_grad"])
+def test_where_nothing_is_recorded(op, mode):
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    with getattr(torch, mode)():
+        op(*tensors(case))
+    same(case, wanted)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", ["int32", "int64"])
 def test_opcheck(op, dtype, slots):
