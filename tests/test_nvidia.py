@@ -324,8 +324,8 @@ def test_bad_input(cupy):
 def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
-        opaque = descriptor._opaque
-        opaque._threads = (1 << 20, 1 << 20)  # more than any device runs in a block
+        # More than any device runs in a block.
+        descriptor._opaque._widest.small.threads = 1 << 20
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())
         assert got.value.status == Status.INTERNAL_ERROR
@@ -732,7 +732,9 @@ def test_jax_arrays_as_sources(cupy):
         case = simple_case(300, 8, 128, 128, 40, 16, dtype, "int32")
         there = case.on(cupy.asarray)
         cupy.cuda.Device().synchronize()
-        sources = [jax.numpy.array(view) * 1 for view in case.arrays()[2:]]
+        # Computed by JAX, in a way that changes no NaN.
+        halves = [jax.numpy.array(view) for view in case.arrays()[2:]]
+        sources = [jax.numpy.concatenate([half[:100], half[100:]]) for half in halves]
         pc.paged_caching(*there.arrays()[:2], *sources)
         same(there, on_cpu(case))
         with pytest.raises(ValueError, match="k_cache must be writable"):
