@@ -297,11 +297,8 @@ def launch(monkeypatch):
     from pagedcache.backend.nvidia import launch as room
 
     def refused(status, name):
-        def check(status):
-            raise DriverError(status, name)
-
         fake = SimpleNamespace(
-            CUDADriverError=DriverError, check_status=check, ctxGetCurrent=lambda: 1
+            CUDADriverError=lambda status: DriverError(status, name), ctxGetCurrent=lambda: 1
         )
         monkeypatch.setattr(room, "driver", fake)
         monkeypatch.setattr(

@@ -93,30 +93,29 @@ class Launch:
     ) -> None:
         self.words = (ctypes.c_uint64 * len(words))(*words)
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
+        self._device = device
         way = self._programmatic if programmatic else self._plain
-        queue = way(function, threads)
-        current_device = runtime.getDevice
-        alone = runtime.getDeviceCount() == 1
+        self._queue = way(function, threads)
+        self.run = self._queue if runtime.getDeviceCount() == 1 else self._run_on_its_device
 
-        def run(blocks: int, stream: int) -> None:
-            try:
-                if alone or current_device() == device:
-                    queue(blocks, stream)
-                else:
-                    with cupy.cuda.Device(device):
-                        queue(blocks, stream)
-            except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
-                if error.status != _NO_CONTEXT or driver.ctxGetCurrent():
-                    raise failure("launch", device, error) from error
-                _retry_with_context(device, queue, blocks, stream)
-
-        self.run = run
+    def _run_on_its_device(self, blocks: int, stream: int) -> None:
+        try:
+            if runtime.getDevice() == self._device:
+                self._queue(blocks, stream)
+            else:
+                with cupy.cuda.Device(self._device):
+                    self._queue(blocks, stream)
+        except runtime.CUDARuntimeError as error:
+            raise failure("launch", self._device, error) from error
 
     def _plain(self, function: int, threads: int) -> Callable[[int, int], None]:
         launch, arguments = driver.launchKernel, ctypes.addressof(self._arguments)
 
         def queue(blocks: int, stream: int) -> None:
-            launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+            try:
+                launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+            except driver.CUDADriverError as error:
+                self._refused(error, blocks, stream)
 
         return queue
 
@@ -138,20 +137,20 @@ class Launch:
             config.grid_x = blocks
             config.stream = stream
             if status := launch(*pointers):
-                driver.check_status(status)
+                self._refused(driver.CUDADriverError(status), blocks, stream)
 
         return queue
 
-
-def _retry_with_context(
-    device: int, queue: Callable[[int, int], None], blocks: int, stream: int
-) -> None:
-    """Launch again in a thread that never called CUDA, and therefore had no context."""
-    runtime.setDevice(device)
-    try:
-        queue(blocks, stream)
-    except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
-        raise failure("launch", device, error) from error
+    def _refused(self, error: Any, blocks: int, stream: int) -> None:
+        """Launch again in a thread that never called CUDA, and so had no context; else raise."""
+        try:
+            if error.status == _NO_CONTEXT and not driver.ctxGetCurrent():
+                runtime.setDevice(self._device)  # after which there is one
+                self._queue(blocks, stream)
+                return
+        except runtime.CUDARuntimeError as again:
+            error = again
+        raise failure("launch", self._device, error) from error
 
 
 def failure(what: str, device: int, error: Any) -> LaunchError:
