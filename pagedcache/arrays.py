@@ -127,14 +127,13 @@ def _read_cupy(_subject: str, array: Any) -> Tensor:
 
 @functools.cache
 def _torch_reader(torch: Any) -> Reader:
-    stride, get_device, is_neg = (
-        torch.Tensor.stride, torch.Tensor.get_device, torch.Tensor.is_neg,
-    )  # fmt: skip
+    stride, get_device = torch.Tensor.stride, torch.Tensor.get_device
     # None in a build without CUDA; the public torch.cuda.current_stream takes 1 us.
     current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def look(tensor: Any) -> tuple[Any, ...]:
-        return tensor.shape, stride(tensor), tensor.dtype, get_device(tensor), is_neg(tensor)
+        # Not is_neg(): a lazily negated tensor is an imaginary part, which its strides tell.
+        return tensor.shape, stride(tensor), tensor.dtype, get_device(tensor)
 
     def read(subject: str, tensor: Any) -> Tensor:
         with _plain_memory(subject, tensor):
