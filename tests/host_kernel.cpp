@@ -84,11 +84,3 @@ extern "C" unsigned int divide(unsigned int dividend, unsigned long long first,
 }
 
 extern "C" int most_threads() { return pagedcache::kMostThreads; }
-
-extern "C" int per_thread(int width) {
-  using namespace pagedcache;
-  return width == 16  ? kPerThread<16>
-         : width == 8 ? kPerThread<8>
-         : width == 4 ? kPerThread<4>
-                      : kPerThread<2>;
-}

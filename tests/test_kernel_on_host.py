@@ -66,9 +66,7 @@ def test_more_slots_than_the_kernel_counts_are_refused(library):
     assert caught.value.status == pc.Status.NOT_IMPLEMENTED
 
 
-def test_host_and_kernel_agree_on_vectors_and_threads(library):
-    for width, vectors in nvidia.PER_THREAD.items():
-        assert library.per_thread(width) == vectors
+def test_host_and_kernel_agree_on_threads(library):
     assert max(max(pair) for pair in nvidia.THREADS.values()) == library.most_threads()
 
 
@@ -109,6 +107,33 @@ def test_one_launch_without_idle_blocks(library):
     assert (blocks, threads) == (config.grid[0], config.block[0])
     assert config.shared_mem == 0
     assert blocks * threads == 1000 * 8 * 128 * 2 // 16  # 16 bytes of K and of V a thread
+
+
+@pytest.mark.parametrize(
+    ("layout", "k_size", "v_size", "dtype", "tile"),
+    [
+        ("HND", 128, 128, "bfloat16", 1),
+        ("HND", 128, 256, "float16", 1),
+        ("HND", 64, 64, "float32", 1),
+        ("HND", 64, 64, "bfloat16", 4),
+        ("HND", 100, 100, "bfloat16", 4),
+        ("HND", 128, 100, "bfloat16", 4),
+        ("NHD", 128, 128, "bfloat16", 1),
+        ("NHD", 100, 100, "bfloat16", 1),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1999, 2000, 2001])
+def test_tiles(library, layout, k_size, v_size, dtype, tile, tokens):
+    case = simple_case(tokens, 3, k_size, v_size, 160, 16, dtype, layout=layout)
+    wanted = expected(case)
+    device = HostDevice(library)
+    with descriptor_on(device, case) as descriptor:
+        assert nvidia.tile_of(descriptor.info) == tile
+        descriptor.calculate(*case.arrays())
+        [(function, blocks, threads)] = device.launches
+    vectors = max(k_size, v_size) * case.views["k"].itemsize // function[2] * 3
+    assert blocks == -(-(-(-tokens // tile) * tile * vectors) // threads)
+    same(case, wanted)
 
 
 def test_threads_share_a_descriptor(library):

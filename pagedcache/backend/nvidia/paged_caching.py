@@ -6,6 +6,7 @@ through the device that it is given, so a test can give it one that runs the ker
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from pagedcache.info import InvalidSlots
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
-    from pagedcache.backend.nvidia.device import CudaDevice
+    from pagedcache.backend.nvidia.device import CudaDevice, Limits
     from pagedcache.backend.nvidia.launch import Launch
     from pagedcache.info import PagedCachingInfo
 
@@ -27,11 +28,12 @@ SLOT_NAMES = {"int64": "long long", "int32": "int"}
 # that does. Class 1024 was measured, on an H200; every CUDA GPU so far is of that class, and the
 # numbers of the others are guesses.
 THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
-PER_THREAD = {16: 1, 8: 2, 4: 2, 2: 2}  # vectors, by width: kPerThread of the kernel
+# Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured, on an H200.
+TILE, WHOLE_ROW = 4, 256
 MOST = 2**31  # what struct Divisor divides exactly
 
 # struct PagedCachingParameters is a row of 8-byte words: first those of a launch ...
-_LAUNCH_WORDS = 7  # k_cache, v_cache, k, v, slot_mapping, vectors, first_token
+_LAUNCH_WORDS = 7  # k_cache, v_cache, k, v, slot_mapping, tokens, first_token
 _pack_call = struct.Struct(f"={_LAUNCH_WORDS}Q").pack_into
 # ... then those of the descriptor, in the order of `_Kernel.words`.
 
@@ -57,8 +59,6 @@ class PagedCaching:
             raise NotSupportedError("k_cache", rule, info.num_slots)
         self._device = device
         self._current_stream = device.current_stream
-        self._threads = THREADS[device.limits.thread_class]
-        few = device.limits.multiprocessors * self._threads[1]
         self._slot_size = info.slot_dtype.itemsize
         # All widths are one program: a new shape never compiles. Addresses are known only at each
         # call, so a narrower instance than the strides allow may be needed for some.
@@ -68,9 +68,8 @@ class PagedCaching:
         self._invalid = device.record(EMPTY)
         self._telling = threading.Lock()
         widest = _alignment(info)
-        most = min(MOST, device.limits.max_grid_x * self._threads[0])
         self._kernels = {
-            width: _Kernel(info, width, function, few, most, self._invalid.address)
+            width: _Kernel(info, width, function, device.limits, self._invalid.address)
             for width, function in functions.items()
             if width <= widest
         }
@@ -80,10 +79,9 @@ class PagedCaching:
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""
         kernel = self._widest
-        vectors = min(num_tokens, kernel.most_tokens) * kernel.vectors_per_token
-        threads = self._threads[vectors > kernel.few_vectors]
-        blocks = -(-vectors // (threads * kernel.per_thread))
-        return LaunchConfig((max(blocks, 1), 1, 1), (threads, 1, 1))
+        grid = kernel.large if num_tokens > kernel.few_tokens else kernel.small
+        blocks = grid.blocks(min(num_tokens, kernel.most_tokens))
+        return LaunchConfig((max(blocks, 1), 1, 1), (grid.threads, 1, 1))
 
     def calculate(
         self,
@@ -100,18 +98,31 @@ class PagedCaching:
         misaligned = (k_cache | v_cache | k | v) & self._alignment_mask
         # The lowest bit that is set is the alignment that all four addresses share.
         kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
-        handle = self._current_stream() if stream is None else self._device.stream(stream)
+        if stream is None:
+            stream = self._current_stream()
+        elif type(stream) is not int:
+            stream = self._device.stream(stream)
         first = 0
-        while num_tokens > kernel.most_tokens:
-            # More vectors than the kernel counts take several launches.
-            tokens = kernel.most_tokens
-            self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, tokens, first, handle)
+        while True:
+            # More vectors than the kernel counts take several launches. (min() takes longer.)
+            most = kernel.most_tokens
+            tokens = num_tokens if num_tokens <= most else most  # noqa: FURB136
+            grid = kernel.large if tokens > kernel.few_tokens else kernel.small
+            # Taking from and giving to a list is atomic, so no two threads hold one launch.
+            try:
+                launch = grid.launches.pop()
+            except IndexError:
+                launch = self._device.prepare(kernel.function, grid.threads, grid.words)
+            _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, tokens, first)
+            launch.run(grid.blocks(tokens), stream)
+            grid.launches.append(launch)
+            num_tokens -= tokens
+            if not num_tokens:
+                return
+            first += tokens
             k += tokens * kernel.k_token_stride
             v += tokens * kernel.v_token_stride
             slot_mapping += tokens * self._slot_size
-            num_tokens -= tokens
-            first += tokens
-        self._launch(kernel, k_cache, v_cache, k, v, slot_mapping, num_tokens, first, handle)
 
     def invalid_slots(self, stream: int | None) -> InvalidSlots | None:
         """Wait for a stream, or for the whole device, and return what is known of invalid slots.
@@ -127,79 +138,81 @@ class PagedCaching:
             self._invalid.clear()
         return InvalidSlots(count, token, slot)
 
-    def _launch(
-        self,
-        kernel: _Kernel,
-        k_cache: int,
-        v_cache: int,
-        k: int,
-        v: int,
-        slot_mapping: int,
-        num_tokens: int,
-        first: int,
-        stream: int,
-    ) -> None:
-        vectors = num_tokens * kernel.vectors_per_token
-        large = vectors > kernel.few_vectors
-        threads = self._threads[large]
-        # Taking from and giving to a list is atomic, so no two threads hold one launch.
-        launches = kernel.launches[large]
-        try:
-            launch = launches.pop()
-        except IndexError:
-            launch = self._device.prepare(kernel.function, threads, kernel.words)
-        _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, vectors, first)
-        launch.run(-(-vectors // (threads * kernel.per_thread)), stream)
-        launches.append(launch)
-
 
 class _Kernel:
     """One compiled instance with what stays the same from call to call."""
 
     def __init__(
-        self,
-        info: PagedCachingInfo,
-        width: int,
-        function: int,
-        few: int,
-        most: int,
-        invalid: int,
+        self, info: PagedCachingInfo, width: int, function: int, limits: Limits, invalid: int
     ) -> None:
         size = info.dtype.itemsize
-        k_per_head, v_per_head = info.head_size * size // width, info.v_head_size * size // width
-        per_head = max(k_per_head, v_per_head)
+        k_per_row, v_per_row = info.head_size * size // width, info.v_head_size * size // width
+        per_row = max(k_per_row, v_per_row)
+        per_token = info.num_kv_heads * per_row
+        few_threads, many_threads = THREADS[limits.thread_class]
+        # Indices are below `MOST` also where the last tile and the last block are not full.
+        most = min(MOST - many_threads, limits.max_grid_x * few_threads) // per_token
+        self.most_tokens = most // TILE * TILE or most
+        if not most:
+            rule = f"must have at most {MOST * width} bytes of K or V in a token"
+            raise NotSupportedError("k_cache", rule, per_token * width)
         self.function = function
-        self.per_thread = PER_THREAD[width]
-        self.few_vectors = few * self.per_thread  # as many do not fill the device
-        self.vectors_per_token = info.num_kv_heads * per_head
-        self.most_tokens = most // self.vectors_per_token
-        if not self.most_tokens:
-            rule = f"must have at most {most * width} bytes of K or V in a token"
-            raise NotSupportedError("k_cache", rule, self.vectors_per_token * width)
+        self.few_tokens = limits.multiprocessors * many_threads // per_token
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
-        self.words = [
-            *(0,) * _LAUNCH_WORDS,
-            invalid,
-            info.num_slots,
-            *_divisor(info.block_size),
-            *_divisor(self.vectors_per_token),
-            *_divisor(per_head),
-            self.k_token_stride,
-            info.k_head_stride * size,
-            info.k_cache_slot_stride * size,
-            (info.k_cache_block_stride - info.block_size * info.k_cache_slot_stride) * size,
-            info.k_cache_head_stride * size,
-            k_per_head,
-            self.v_token_stride,
-            info.v_head_stride * size,
-            info.v_cache_slot_stride * size,
-            (info.v_cache_block_stride - info.block_size * info.v_cache_slot_stride) * size,
-            info.v_cache_head_stride * size,
-            v_per_head,
-        ]
-        # Of small writes, and of large ones.
-        self.launches: tuple[list[Launch], list[Launch]] = ([], [])
+
+        def words(tile: int) -> list[int]:
+            return [
+                *(0,) * _LAUNCH_WORDS,
+                invalid,
+                info.num_slots,
+                *_divisor(info.block_size),
+                *_divisor(per_row),
+                *_divisor(tile * info.num_kv_heads),
+                tile.bit_length() - 1,
+                self.k_token_stride,
+                info.k_head_stride * size,
+                info.k_cache_slot_stride * size,
+                (info.k_cache_block_stride - info.block_size * info.k_cache_slot_stride) * size,
+                info.k_cache_head_stride * size,
+                k_per_row,
+                self.v_token_stride,
+                info.v_head_stride * size,
+                info.v_cache_slot_stride * size,
+                (info.v_cache_block_stride - info.block_size * info.v_cache_slot_stride) * size,
+                info.v_cache_head_stride * size,
+                v_per_row,
+            ]
+
+        tile = tile_of(info) if most >= TILE else 1
+        self.small = _Grid(few_threads, 1, per_token, words(1))
+        self.large = _Grid(many_threads, tile, per_token, words(tile))
+
+
+class _Grid:
+    """How the vectors of a write are dealt to threads, and launches that are ready to do so."""
+
+    def __init__(self, threads: int, tile: int, per_token: int, words: list[int]) -> None:
+        self.threads = threads
+        self._tile = tile
+        self._per_tile = per_token * tile
+        self.words = words
+        self.launches: list[Launch] = []
+
+    def blocks(self, tokens: int) -> int:
+        """Return how many blocks hold a thread for each vector of all tiles."""
+        return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
+
+
+def tile_of(info: PagedCachingInfo) -> int:
+    """Return the tokens whose rows of one head are written before those of the next head.
+
+    Where the cache has the rows of neighbouring slots side by side, neighbouring threads then write
+    neighbouring bytes, as they do token by token where it has those of all heads side by side.
+    """
+    row = math.gcd(info.head_size, info.v_head_size) * info.dtype.itemsize
+    beside = info.k_cache_slot_stride < info.k_cache_head_stride
+    return TILE if beside and row % WHOLE_ROW else 1
 
 
 def _divisor(value: int) -> tuple[int, int]:
