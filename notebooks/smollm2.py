@@ -9,6 +9,8 @@ change and inputs are refilled in place, so on a GPU one CUDA graph holds the wh
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -136,8 +138,40 @@ def make_cupy_product() -> Any:
     """Return the same for CuPy, without cuBLAS, which CuPy lets nobody capture (its issue 6290)."""
     import cupy
 
-    dot = cupy.ReductionKernel("T x, T y", "T z", "x * y", "a + b", "z = a", "0", "smollm2_dot")
-    return lambda x, matrix: dot(x[..., :, None, :], matrix[..., None, :, :], axis=-1)
+    @functools.cache
+    def kernel(rows: int) -> Any:
+        return cupy.RawKernel(PRODUCT, "product", (f"-DROWS={rows}",))
+
+    def product(x: Array, matrix: Array) -> Array:
+        x, matrix = cupy.ascontiguousarray(x), cupy.ascontiguousarray(matrix)
+        *stack, rows, length = x.shape
+        outputs = matrix.shape[-2]
+        out = cupy.empty((*stack, rows, outputs), np.float32)
+        grid, block = (-(-outputs // 8), math.prod(stack)), (32, 8)
+        kernel(rows)(grid, block, (x, matrix, out, np.int32(outputs), np.int32(length)))
+        return out
+
+    return product
+
+
+PRODUCT = r"""
+extern "C" __global__ void product(const float* x, const float* matrix, float* out, int outputs,
+                                   int length) {
+  // A warp for each output: it reads a row of the matrix once, for all rows of x.
+  const int output = blockIdx.x * blockDim.y + threadIdx.y;
+  if (output >= outputs) return;
+  x += (long long)blockIdx.y * ROWS * length;
+  matrix += ((long long)blockIdx.y * outputs + output) * length;
+  out += (long long)blockIdx.y * ROWS * outputs + output;
+  float sums[ROWS] = {};
+  for (int i = threadIdx.x; i < length; i += 32)
+    for (int row = 0; row < ROWS; ++row) sums[row] += matrix[i] * x[row * length + i];
+  for (int row = 0; row < ROWS; ++row) {
+    for (int other = 16; other; other /= 2) sums[row] += __shfl_xor_sync(~0u, sums[row], other);
+    if (threadIdx.x == 0) out[row * outputs] = sums[row];
+  }
+}
+"""
 
 
 class PagedCache:
