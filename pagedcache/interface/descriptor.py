@@ -391,7 +391,8 @@ class Descriptor:
             self._arguments.refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
         if v_cache - k_cache != self._apart:
             self._apart = self._arguments.distance(k_cache, v_cache)
-        self._alive().calculate(k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream)
+        opaque = self._opaque or self._alive()
+        opaque.calculate(k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream)
 
     def _check_and_write(
         self, arrays: tuple[Any, ...], looks: Any, workspace: Any, workspace_size: int, stream: Any
