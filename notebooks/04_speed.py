@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -87,11 +89,11 @@ for row in recorded:
 
 by_tokens = {row["tokens"]: row["us"] for row in recorded}
 large = by_tokens[65536]
-assert round(large["memcpy"] / large["pagedcache"], 3) == 0.955  # of the rate of a copy
-assert round(large["vLLM"] / large["pagedcache"], 2) == 3.73
-# SGLang was a little ahead at two sizes, by less than runs differ.
-ahead = [tokens for tokens, us in by_tokens.items() if us["SGLang"] < us["pagedcache"]]
-assert ahead == [64, 65536]
+print(f"\n65536 tokens: {large['memcpy'] / large['pagedcache']:.3f} of the rate of a copy")
+assert large["memcpy"] / large["pagedcache"] > 0.95
+assert large["vLLM"] / large["pagedcache"] > 3.5
+for us in by_tokens.values():  # no peer is ahead by more than two runs differ
+    assert us["pagedcache"] < 1.01 * min(us[name] for name in names[2:])
 
 # %% [markdown]
 # ## What CUDA graphs change
@@ -115,9 +117,10 @@ if on_gpu:
 # ## What programmatic dependent launch changes
 #
 # From compute capability 9.0 on, a kernel can be set up while the one ahead of it still runs, and
-# wait only before it reads. That helps where launch latency is all there is: small writes. The
-# first version of it took a write of one token from 1.20 to 1.04 us and one of 1,024 from 3.90 to
-# 3.61 (H200, recorded earlier). `PAGEDCACHE_PDL=0` turns it off.
+# wait only before it reads. That helps where latency is all there is: small writes. The first
+# version of it took a write of one token from 1.20 to 1.04 us and one of 1,024 from 3.90 to 3.61
+# (H200, recorded earlier). Since then the kernel also has its inputs brought to the L2 cache while
+# it waits. `PAGEDCACHE_PDL=0` turns programmatic launch off.
 
 # %%
 text = (NOTES / "performance.md").read_text()
