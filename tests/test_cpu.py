@@ -166,7 +166,7 @@ def test_one_row_and_then_one_that_stands_for_many(monkeypatch):
     from pagedcache.interface import one_call
 
     monkeypatch.setattr(one_call, "_descriptors", {})
-    monkeypatch.setattr(one_call, "_latest", (None,) * 4)
+    monkeypatch.setattr(one_call, "_latest", (object(), None, None))
     k_cache, v_cache = np.zeros((2, 3, 1, 2, 4), np.float16)
     row = np.ones((1, 1, 4), np.float16)
     pc.paged_caching(k_cache, v_cache, np.broadcast_to(row, (1, 1, 4)), row, np.array([1]))

@@ -171,7 +171,7 @@ def test_one_call_finds_its_descriptor_again(monkeypatch):
     from pagedcache.interface import one_call as room
 
     monkeypatch.setattr(room, "_descriptors", {})
-    monkeypatch.setattr(room, "_latest", (None,) * 4)
+    monkeypatch.setattr(room, "_latest", (object(), None, None))
     made = []
     create = pc.Descriptor.create.__func__
     monkeypatch.setattr(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from pagedcache.backend.protocol import LaunchConfig, PagedCaching
 
 ON_INVALID = ("skip", "raise")
+
+# What recognises the arrays of a call, how their addresses and their stream are found, and how many
+# tokens they are.
+_Accepted = tuple[Callable[..., bool], Callable[[Any], int], Callable[[Any, int], int] | None, int]
+_NOTHING: _Accepted = (lambda *_: False, int, None, 0)
 
 
 class Descriptor:
@@ -58,7 +64,7 @@ class Descriptor:
         self._arguments = Arguments(info, device)
         self._item_mask = info.dtype.itemsize - 1
         self._slot_mask = info.slot_dtype.itemsize - 1
-        self._accepted: Any = None
+        self._accepted = _NOTHING
         self._apart: int | None = None  # bytes from K cache to V cache, when last looked at
 
     @classmethod
@@ -282,40 +288,31 @@ class Descriptor:
         On the CPU the write is done when this returns. Any number of threads may call this at once;
         writes to the same slots race.
         """
+        if (
+            workspace is not None
+            or type(workspace_size) is not int
+            or workspace_size
+            or not self.write_again(k_cache, v_cache, k, v, slot_mapping, stream)
+        ):
+            arrays = (k_cache, v_cache, k, v, slot_mapping)
+            self._check_and_write(arrays, workspace, workspace_size, stream)
+
+    def write_again(
+        self, k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any, stream: Any
+    ) -> bool:
+        """Write if all five are as in the call before, so checked; tell whether they were."""
+        recognises, address, current, tokens = self._accepted  # read once: threads may replace it
         try:
-            look, address, _, current = readers[type(k_cache)]
-            looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
+            if not recognises(k_cache, v_cache, k, v, slot_mapping):
+                return False
             k_cache_at, v_cache_at = address(k_cache), address(v_cache)
             k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
         except Exception:
-            looks = None
-        # What looks as the arrays of the call before did has been checked then.
-        if (
-            looks != self._accepted
-            or looks is None
-            or workspace is not None
-            or type(workspace_size) is not int
-            or workspace_size
-        ):
-            arrays = (k_cache, v_cache, k, v, slot_mapping)
-            self._check_and_write(arrays, looks, workspace, workspace_size, stream)
-            return
-        # What `write` does, without another call: this is the hot path.
-        tokens = looks[4][0][0]
-        if not tokens:
-            return
-        if (
-            (k_cache_at | v_cache_at | k_at | v_at) & self._item_mask
-            or slots_at & self._slot_mask
-            or not (k_cache_at and v_cache_at and k_at and v_at and slots_at)
-        ):
-            self._arguments.refuse_addresses((k_cache_at, v_cache_at, k_at, v_at, slots_at))
-        if v_cache_at - k_cache_at != self._apart:
-            self._apart = self._arguments.distance(k_cache_at, v_cache_at)
+            return False
         if current is not None and stream is None:
             stream = current(k_cache, self.index)
-        opaque = self._opaque or self._alive()
-        opaque.calculate(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+        self._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+        return True
 
     def write_at(
         self,
@@ -354,7 +351,7 @@ class Descriptor:
             and self._opaque is not None
         ):
             tokens = self.info.num_tokens
-            self.write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
+            self._write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
             return
         addresses = [
             as_address(name, address)
@@ -365,9 +362,9 @@ class Descriptor:
             )
         ]
         *tensors, workspace, stream = addresses
-        self._check_and_write(tuple(tensors), None, workspace, workspace_size, stream)
+        self._check_and_write(tuple(tensors), workspace, workspace_size, stream)
 
-    def write(
+    def _write(
         self,
         k_cache: int,
         v_cache: int,
@@ -395,23 +392,23 @@ class Descriptor:
         opaque.calculate(k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream)
 
     def _check_and_write(
-        self, arrays: tuple[Any, ...], looks: Any, workspace: Any, workspace_size: int, stream: Any
+        self, arrays: tuple[Any, ...], workspace: Any, workspace_size: int, stream: Any
     ) -> None:
-        """Check everything, and remember what the arrays looked like."""
+        """Check everything, and remember the arrays' looks."""
         self._alive()
         k_cache, v_cache, k, v, slot_mapping, tokens = self._arguments.read(arrays)
         if stream is None and type(arrays[0]) is not int:
             current = reader_of("k_cache", arrays[0]).stream
             stream = current and current(arrays[0], self.index)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
-        if self.workspace_size == 0 and all(type(array) in readers for array in arrays):
-            self._accepted = looks
-        self.write(k_cache, v_cache, k, v, slot_mapping, tokens, workspace_at, stream)
+        if self.workspace_size == 0:
+            self._accepted = _accept(arrays, tokens)
+        self._write(k_cache, v_cache, k, v, slot_mapping, tokens, workspace_at, stream)
 
     def destroy(self) -> None:
         """Let go of the kernel and the device. Twice is no error; any other use after it is."""
         self._opaque = None
-        self._accepted = None
+        self._accepted = _NOTHING
 
     def __enter__(self) -> Descriptor:
         self._alive()
@@ -496,3 +493,15 @@ def _same_device(one: str, other: str) -> bool:
         parse_device("device", other),
     )
     return kind == other_kind and (None in (index, other_index) or index == other_index)
+
+
+def _accept(arrays: tuple[Any, ...], tokens: int) -> _Accepted:
+    """Return what is needed to know arrays like these again, where that is possible."""
+    kind = type(arrays[0])
+    if kind not in readers or any(type(array) is not kind for array in arrays):
+        return _NOTHING
+    reader = readers[kind]
+    try:
+        return reader.recogniser(*arrays), reader.address, reader.stream, tokens
+    except Exception:
+        return _NOTHING

@@ -6,7 +6,7 @@ import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
-from pagedcache.arrays import adopt, readers
+from pagedcache.arrays import adopt
 from pagedcache.info import NAMES, token_step
 from pagedcache.interface.descriptor import Descriptor
 
@@ -63,38 +63,23 @@ def paged_caching(
     [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     """
     global _latest
-    try:
-        look, address, _, current = readers[type(k_cache)]
-        looks = look(k_cache), look(v_cache), look(k), look(v), look(slot_mapping)
-        k_cache_at, v_cache_at = address(k_cache), address(v_cache)
-        k_at, v_at, slots_at = address(k), address(v), address(slot_mapping)
-    except Exception:
-        looks = None
-    # Read once: threads may replace it.
-    latest_layout, latest_on_invalid, latest_looks, descriptor = _latest
+    latest_layout, latest_on_invalid, descriptor = _latest  # read once: threads may replace it
     if (
-        looks is None
-        or looks != latest_looks
-        or layout is not latest_layout
+        layout is not latest_layout
         or on_invalid is not latest_on_invalid
+        or not descriptor.write_again(k_cache, v_cache, k, v, slot_mapping, stream)
     ):
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         descriptor = _find_descriptor(arrays, layout, on_invalid)
         descriptor.calculate(*arrays, stream=stream)
-        if all(type(array) in readers for array in arrays):
-            _latest = layout, on_invalid, looks, descriptor
-        return
-    tokens = looks[4][0][0]
-    if current is not None and stream is None:
-        stream = current(k_cache, descriptor.index)
-    descriptor.write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+        _latest = layout, on_invalid, descriptor
 
 
 _MOST_DESCRIPTORS = 256
 _descriptors: dict[Any, Descriptor] = {}
 _keeping = threading.Lock()
-# Options of the latest call, what its arrays looked like, and the descriptor that served it.
-_latest: tuple[Any, Any, Any, Any] = (None, None, None, None)
+# Options of the latest call, and the descriptor that served it.
+_latest: tuple[Any, Any, Any] = (object(), None, None)
 
 
 def _find_descriptor(arrays: tuple[Any, ...], layout: str, on_invalid: str) -> Descriptor:
