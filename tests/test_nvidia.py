@@ -570,16 +570,47 @@ def test_descriptors_come_and_go(cupy):
     ],
 )
 def test_under_compute_sanitizer(tool, says):
+    done = sanitized(tool, SANITIZED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("tool", "mistake", "says"),
+    [
+        ("memcheck", "del k", "Invalid __global__ read"),
+        ("initcheck", "", "Uninitialized __global__ memory read"),
+    ],
+)
+def test_compute_sanitizer_would_notice(tool, mistake, says):
+    done = sanitized(tool, MISTAKEN.format(mistake=mistake))
+    assert done.returncode == 9, done.stdout + done.stderr
+    assert says in done.stdout
+
+
+def sanitized(tool, program):
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         pytest.skip("compute-sanitizer is not installed")
-    done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
+    return subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program],
         capture_output=True, text=True, check=False, timeout=300,
         cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert says in done.stdout
+
+
+# Reads K by an address, which is trusted, where nothing was ever written, or nothing is any more.
+MISTAKEN = """
+import cupy, pagedcache as pc
+cupy.cuda.set_allocator(None)
+a = [cupy.zeros((5, 4, 1, 128), 'f2') for _ in 'kv']
+k, v, s = cupy.empty((5, 4, 128), 'f2'), cupy.ones((5, 4, 128), 'f2'), cupy.arange(5)
+d = pc.Descriptor.create(*a, v, v, s)
+address = k.data.ptr
+{mistake}
+d.calculate(*a, address, v, s)
+cupy.cuda.Device().synchronize()
+"""
 
 
 # Each array in an allocation of its own, so that a write behind it is one that the tool sees.
@@ -739,6 +770,52 @@ def test_jax_arrays_as_sources(cupy):
         same(there, on_cpu(case))
         with pytest.raises(ValueError, match="k_cache must be writable"):
             pc.paged_caching(jax.numpy.array(case.views["k_cache"]), *there.arrays()[1:])
+
+
+def test_jax_arrays_that_are_still_computed(cupy):
+    jax = pytest.importorskip("jax")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this JAX has no GPU")
+
+    @jax.jit
+    def late(array, x):
+        for _ in range(40):
+            x = x @ x * 1e-4
+        return jax.numpy.where(x[0, 0] == 12345, 0, array)
+
+    case = simple_case(500, 8, 128, 128, 40, 16, "float16", "int32")
+    there = case.on(cupy.asarray)
+    cupy.cuda.Device().synchronize()
+    x = jax.numpy.ones((6000, 6000))
+    arrays = [jax.numpy.array(view) for view in case.arrays()[2:]]
+    for array in arrays:
+        late(array, x).block_until_ready()  # compiles
+    pc.paged_caching(*there.arrays()[:2], *(late(array, x) for array in arrays))
+    same(there, on_cpu(case))
+
+
+def test_numba_arrays_on_a_stream_with_a_late_producer(cupy):
+    cuda = pytest.importorskip("numba.cuda")
+    stream = cuda.stream()
+    case = simple_case(500, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    late = there.views["k"].copy()
+    there.views["k"][...] = 0
+    cupy.cuda.Device().synchronize()
+    # What Numba makes on a stream names it in its interface.
+    k_cache = cuda.as_cuda_array(there.views["k_cache"], sync=False)
+    k_cache.stream = stream
+    assert k_cache.__cuda_array_interface__["stream"] == int(stream)
+    outside = cupy.cuda.ExternalStream(int(stream))
+    blocker = cupy.ones((4000, 4000), np.float32)
+    cupy.cuda.Device().synchronize()
+    with outside:
+        for _ in range(20):
+            blocker = blocker * 1.0000001
+        there.views["k"][...] = late
+    pc.paged_caching(k_cache, *there.arrays()[1:])
+    stream.synchronize()
+    same(there, on_cpu(case))
 
 
 def test_torch_streams_with_a_late_producer(cupy):
