@@ -27,9 +27,21 @@ EXAMPLES = 3000 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") els
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(cases(), st.sampled_from([512, 1024, 4096]), st.sampled_from([8, 20, 2**31 - 1]))
-def test_kernel_writes_what_the_definition_says(library, case, thread_class, max_grid_x):
-    device = HostDevice(library, thread_class=thread_class, max_grid_x=max_grid_x)
+@given(
+    cases(),
+    st.sampled_from([512, 1024, 4096]),
+    st.sampled_from([8, 20, 2**31 - 1]),
+    st.sampled_from([0, 4]),  # any write is a large one where there are none
+)
+def test_kernel_writes_what_the_definition_says(
+    library, case, thread_class, max_grid_x, multiprocessors
+):
+    device = HostDevice(
+        library,
+        thread_class=thread_class,
+        max_grid_x=max_grid_x,
+        multiprocessors=multiprocessors,
+    )
     wanted, invalid, by_cpu = expected(case), invalid_slots(case), case.copy()
     for descriptor, mine in (
         (descriptor_on(device, case), case),
