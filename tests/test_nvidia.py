@@ -755,6 +755,38 @@ def test_arrays_of_other_libraries(cupy, library, dtype):
     same(there, on_cpu(case))
 
 
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_functions_of_other_projects(cupy, library):
+    from pagedcache.compat.flashinfer import append_paged_kv_cache
+    from pagedcache.compat.sglang import store_cache
+    from pagedcache.compat.vllm import reshape_and_cache_flash
+
+    there, back = cupy.asarray, cupy.asnumpy
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        there, back = (
+            lambda array: torch.from_numpy(array).cuda(),
+            lambda array: array.cpu().numpy(),
+        )
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((6, 2, 8)).astype(np.float32) for _ in "kv")
+    slots = np.array([3, 19, -1, 0, 7, 20])
+    batch, positions = np.array([0, 2, 1, 2, -1, 0]), np.array([4, 11, 0, 5, -1, 3])
+    tables = np.array([5, 2, 7, 1, 0, 6]), np.array([0, 2, 3, 6]), np.array([1, 4, 4])
+    paged, flat = np.zeros((9, 2, 4, 2, 8), np.float32), np.zeros((20, 2, 8), np.float32)
+    for function, arguments in (
+        (reshape_and_cache_flash, [k, v, paged[:5, 0].copy(), paged[:5, 1].copy(), slots]),
+        (store_cache, [k, v, flat, flat.copy(), slots]),
+        (append_paged_kv_cache, [k, v, batch, positions, paged, *tables]),
+    ):
+        given = [there(array) for array in arguments]
+        function(*given)
+        function(*arguments)  # against what it does on the CPU
+        for one, other in zip(given, arguments, strict=True):
+            assert np.array_equal(back(one), other)
+        assert any(array.any() for array in arguments[2:])
+
+
 def test_jax_arrays_as_sources(cupy):
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
