@@ -57,7 +57,7 @@ struct Rows {
   unsigned long long vectors_per_row;
 };
 
-// Slots past the end that were met since the host last cleared this. The host writes it as _EMPTY.
+// Slots past the end that were met since the host last cleared this. The host writes it as EMPTY.
 struct InvalidSlots {
   unsigned long long count;  // of tokens
   unsigned long long lock;   // guards the two below

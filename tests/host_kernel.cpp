@@ -11,7 +11,7 @@ struct alignas(16) uint4 {
 struct Dimension {
   unsigned int x;
 };
-static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
+static thread_local Dimension threadIdx, blockIdx, blockDim;
 
 // Threads of the host may share a report, so these are as atomic as those of CUDA.
 static unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
@@ -34,7 +34,6 @@ static int __ffs(unsigned int value) { return __builtin_ffs(static_cast<int>(val
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -67,7 +66,6 @@ extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, un
                             ? (wide ? pick<BF16, long long>(width) : pick<BF16, int>(width))
                             : (wide ? pick<F32, long long>(width) : pick<F32, int>(width));
   if (kernel == nullptr) return 1;
-  gridDim.x = blocks;
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
     for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*parameters);
