@@ -34,9 +34,9 @@ class Reader(NamedTuple):
     ----------
     recogniser : callable
         From some arrays of this library to a function that tells whether as many others are the
-        same in all that a `Tensor` holds but the address, so the same to every check. That function
-        is called at each call, and is meant to be cheap; it may fail, or take the arrays of another
-        library for those of this one.
+        same in all that a `Tensor` holds, so the same to every check, but for the address and for
+        strides along axes of one element. That function is called at each call, and is meant to be
+        cheap; it may fail, or take the arrays of another library for those of this one.
     address : callable
         From an array to its address. Fails on the arrays of other libraries.
     read : callable
@@ -123,11 +123,18 @@ readers: dict[type, Reader] = {np.ndarray: _NUMPY}
 
 @functools.cache
 def _cupy_reader(cupy: Any) -> Reader:
-    names = ["shape", "strides", "dtype"]
+    names = ["shape", "dtype"]
     if cupy.cuda.runtime.getDeviceCount() > 1:
         names.append("data.device_id")
-    look = operator.attrgetter(*names)
-    return Reader(_by_look(look), operator.attrgetter("data.ptr"), _read_cupy)
+    by_strides = _by_look(operator.attrgetter("strides", *names))
+    # Not documented, but CuPy keeps it, where it makes a tuple of strides whenever it is asked.
+    by_order = _by_look(operator.attrgetter("_c_contiguous", *names))
+
+    def recogniser(*arrays: Any) -> Callable[..., bool]:
+        contiguous = all(getattr(array, "_c_contiguous", False) for array in arrays)
+        return (by_order if contiguous else by_strides)(*arrays)
+
+    return Reader(recogniser, operator.attrgetter("data.ptr"), _read_cupy)
 
 
 def _read_cupy(_subject: str, array: Any) -> Tensor:

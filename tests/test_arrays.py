@@ -84,9 +84,23 @@ def in_torch_of_another_version(array):
     return in_torch(array)
 
 
-@pytest.mark.parametrize("library", [in_numpy, in_torch, in_torch_of_another_version])
+def in_cupy(array):
+    """Make one that looks the same; there is no memory, which takes no GPU."""
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(4096 + id(array), array.nbytes, array, 0)
+    pointer = cupy.cuda.MemoryPointer(memory, 0)
+    return cupy.ndarray(array.shape, array.dtype, pointer, array.strides)
+
+
+@pytest.mark.parametrize("library", [in_numpy, in_cupy, in_torch, in_torch_of_another_version])
 def test_arrays_are_recognised_by_everything_but_the_address(library, monkeypatch):
-    if library is not in_numpy:
+    if library is in_cupy:
+        cupy = pytest.importorskip("cupy")
+        monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+        monkeypatch.setattr(arrays, "_cupy_reader", arrays._cupy_reader.__wrapped__)
+        monkeypatch.setattr(arrays, "readers", dict(arrays.readers))
+    elif library is not in_numpy:
         torch = pytest.importorskip("torch")
         if library is in_torch_of_another_version:
             monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
@@ -95,16 +109,18 @@ def test_arrays_are_recognised_by_everything_but_the_address(library, monkeypatc
     recognises = reader.recogniser(mine, mine)
     assert recognises(mine, library(array.copy()))
     others = [array[:1], array.astype(np.int16), array.transpose(1, 0, 2), array[..., :2]]
+    others += [np.zeros((2, 3, 8), np.float16)[..., :4], np.zeros((4, 3, 4), np.float16)[::2]]
     others = [library(other) for other in others]
     if library is in_numpy:
         others.append(array.copy())
         others[-1].flags.writeable = False
-    else:
+    elif library is not in_cupy:
         others += [mine.to("meta"), torch._neg_view(mine)]
     for other in others:
         assert not recognises(mine, other)
         assert not recognises(other, mine)
-        assert reader.recogniser(other)(other)
+        recognises_other = reader.recogniser(other)
+        assert [recognises_other(array) for array in others] == [array is other for array in others]
 
 
 def test_adopt_reads_without_a_copy():
