@@ -105,7 +105,16 @@ def _by_look(look: Callable[[Any], tuple[Any, ...]]) -> Callable[..., Callable[.
 
     def recogniser(*arrays: Any) -> Callable[..., bool]:
         known = tuple(map(look, arrays))
-        return lambda *arrays: tuple(map(look, arrays)) == known
+        if len(known) != 5:
+            return lambda *arrays: tuple(map(look, arrays)) == known
+        k1, k2, k3, k4, k5 = known  # one by one, five take 0.2 us less
+        return lambda a1, a2, a3, a4, a5: (
+            look(a1) == k1
+            and look(a2) == k2
+            and look(a3) == k3
+            and look(a4) == k4
+            and look(a5) == k5
+        )
 
     return recogniser
 

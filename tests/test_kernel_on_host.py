@@ -211,4 +211,4 @@ def test_out_of_bounds_on_purpose(library):
     larger = dataclasses.replace(info, num_blocks=10)
     case.views["slot_mapping"][...] = 6  # just behind the guard
     write = nvidia.PagedCaching(larger, HostDevice(library))
-    write.calculate(*case.addresses(), 3, 0, None)
+    write.writer(3)(*case.addresses(), 0, None)

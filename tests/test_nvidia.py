@@ -325,7 +325,7 @@ def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
         # More than any device runs in a block.
-        descriptor._opaque._widest.small.threads = 1 << 20
+        descriptor._opaque._widest.grid(3).threads = 1 << 20
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())
         assert got.value.status == Status.INTERNAL_ERROR

@@ -25,8 +25,8 @@ class Opaque:
     def launch_config(self, num_tokens):
         return LaunchConfig((num_tokens, 1, 1), (1, 1, 1))
 
-    def calculate(self, *arguments):
-        self.calls.append(arguments)
+    def writer(self, num_tokens):
+        return lambda *arguments: self.calls.append((num_tokens, *arguments))
 
 
 class ToyDevice:
@@ -84,7 +84,7 @@ def test_another_package_brings_a_device(clean):
     assert descriptor.launch_config(5).grid == (5, 1, 1)
     descriptor.calculate(*case.addresses(), stream="mine")
     [call] = descriptor._opaque.calls
-    assert call == (*case.addresses(), 9, 0, "mine")
+    assert call == (9, *case.addresses(), 0, "mine")
     with pytest.raises(ValueError, match="k_cache must have device toy:3 as at create, got cpu"):
         descriptor.calculate(*case.arrays())
 

@@ -9,7 +9,7 @@ implementation stands last here, a protocol for each operator.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +89,10 @@ class Backend(Protocol):
         """Return device `index`; ``None`` is the one that the array library would use now."""
 
 
+# Takes the addresses of K cache, V cache, K, V, slot mapping and workspace, and a stream.
+Writer = Callable[[int, int, int, int, int, int, Any], None]
+
+
 class PagedCaching(Protocol):
     """An implementation of ``"paged_caching"``, made from a `pagedcache.info.PagedCachingInfo`.
 
@@ -100,18 +104,8 @@ class PagedCaching(Protocol):
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch that a write of `num_tokens` tokens makes."""
 
-    def calculate(
-        self,
-        k_cache: int,
-        v_cache: int,
-        k: int,
-        v: int,
-        slot_mapping: int,
-        num_tokens: int,
-        workspace: int,
-        stream: Any,
-    ) -> None:
-        """Queue a write of one token or more, given the addresses of all five tensors.
+    def writer(self, num_tokens: int) -> Writer:
+        """Return a function that queues a write of `num_tokens` tokens, one or more.
 
         Addresses are those of tensors as the info describes them, aligned to their item size.
         Negative slots are skipped; those at or past the end are skipped and counted.

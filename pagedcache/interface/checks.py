@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from pagedcache.status import (
 from pagedcache.tensors import Array, TensorDescriptor, overlap, view
 
 if TYPE_CHECKING:
-    from pagedcache.backend.protocol import Device, PagedCaching
+    from pagedcache.backend.protocol import Device, PagedCaching, Writer
 
 _EXPONENTS = {F16: 0x7C00, BF16: 0x7F80, F32: 0x7F800000}  # all ones: infinity or NaN
 
@@ -78,52 +79,46 @@ class Checked:
         # Taken by one call at a time, so that it is told of its own slots only.
         self._idle: list[PagedCaching] = []
 
-    def calculate(
+    def writer(self, num_tokens: int) -> Writer:
+        """Return a function that looks, writes, and looks again, each as far as was asked for."""
+        return functools.partial(self._write, num_tokens)
+
+    def _write(
         self,
+        num_tokens: int,
         k_cache: int,
         v_cache: int,
         k: int,
         v: int,
         slot_mapping: int,
-        num_tokens: int,
         workspace: int,
         stream: Any,
     ) -> None:
-        """Look, write, and look again, each as far as it was asked for."""
         handle = self._device.stream(stream)
         if self._device.capturing(handle):
             option = "debug" if self._debug else "on_invalid='raise'"
             rule = "waits for the stream, which cannot be done while it is captured; use check()"
             raise NotSupportedError(option, rule)
-        arguments = (k_cache, v_cache, k, v, slot_mapping, num_tokens)
+        addresses = (k_cache, v_cache, k, v, slot_mapping)
         if self._debug:
-            self._look(*arguments, handle)
+            self._look(num_tokens, addresses, handle)
         if not self._raising:
-            self._shared.calculate(*arguments, workspace, handle)
+            self._shared.writer(num_tokens)(*addresses, workspace, handle)
             return
         try:
             implementation = self._idle.pop()
         except IndexError:
             implementation = self._make()
-        implementation.calculate(*arguments, workspace, handle)
+        implementation.writer(num_tokens)(*addresses, workspace, handle)
         found = implementation.invalid_slots(handle)
         self._idle.append(implementation)
         if found:
             raise invalid(found, self._info)
 
-    def _look(
-        self,
-        k_cache: int,
-        v_cache: int,
-        k: int,
-        v: int,
-        slot_mapping: int,
-        tokens: int,
-        handle: int,
-    ) -> None:
-        info = dataclasses.replace(self._info, num_tokens=tokens)
-        addresses = dict(zip(NAMES, (k_cache, v_cache, k, v, slot_mapping), strict=True))
-        views = {name: _at(info.tensor(name), address) for name, address in addresses.items()}
+    def _look(self, num_tokens: int, addresses: tuple[int, ...], handle: int) -> None:
+        info = dataclasses.replace(self._info, num_tokens=num_tokens)
+        places = zip(NAMES, addresses, strict=True)
+        views = {name: _at(info.tensor(name), address) for name, address in places}
         for name in ("k", "v", "slot_mapping"):
             for cache in ("k_cache", "v_cache"):
                 if overlap(views[name], views[cache]):

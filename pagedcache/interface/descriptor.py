@@ -21,14 +21,16 @@ from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
 from pagedcache.tensors import TensorDescriptor
 
 if TYPE_CHECKING:
-    from pagedcache.backend.protocol import LaunchConfig, PagedCaching
+    from pagedcache.backend.protocol import LaunchConfig, PagedCaching, Writer
 
 ON_INVALID = ("skip", "raise")
 
-# What recognises the arrays of a call, how their addresses and their stream are found, and how many
-# tokens they are.
-_Accepted = tuple[Callable[..., bool], Callable[[Any], int], Callable[[Any, int], int] | None, int]
-_NOTHING: _Accepted = (lambda *_: False, int, None, 0)
+# What recognises the arrays of a call, how their addresses and their stream are found, and what
+# writes them.
+_Accepted = tuple[
+    Callable[..., bool], Callable[[Any], int], Callable[[Any, int], int] | None, "Writer"
+]
+_NOTHING: _Accepted = (lambda *_: False, int, None, lambda *_: None)
 
 
 class Descriptor:
@@ -61,6 +63,7 @@ class Descriptor:
         self.index = parse_device("device", device)[1] or 0
         self.workspace_size: int = opaque.workspace_size
         self._opaque: PagedCaching | None = opaque
+        self._write_as_created = opaque.writer(info.num_tokens) if info.num_tokens else None
         self._arguments = Arguments(info, device)
         self._item_mask = info.dtype.itemsize - 1
         self._slot_mask = info.slot_dtype.itemsize - 1
@@ -301,7 +304,7 @@ class Descriptor:
         self, k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any, stream: Any
     ) -> bool:
         """Write if all five are as in the call before, so checked; tell whether they were."""
-        recognises, address, current, tokens = self._accepted  # read once: threads may replace it
+        recognises, address, current, write = self._accepted  # read once: threads may replace it
         try:
             if not recognises(k_cache, v_cache, k, v, slot_mapping):
                 return False
@@ -311,7 +314,7 @@ class Descriptor:
             return False
         if current is not None and stream is None:
             stream = current(k_cache, self.index)
-        self._write(k_cache_at, v_cache_at, k_at, v_at, slots_at, tokens, 0, stream)
+        self._write(write, k_cache_at, v_cache_at, k_at, v_at, slots_at, 0, stream)
         return True
 
     def write_at(
@@ -341,6 +344,7 @@ class Descriptor:
         PagedCacheError
             As `calculate`.
         """
+        write = self._write_as_created  # read once: another thread may destroy this
         if (
             type(k_cache) is type(v_cache) is type(k) is type(v) is type(slot_mapping) is int
             and k_cache > 0 < v_cache
@@ -348,10 +352,9 @@ class Descriptor:
             and slot_mapping > 0
             and type(workspace_size) is int
             and workspace_size == 0 == self.workspace_size
-            and self._opaque is not None
+            and write is not None
         ):
-            tokens = self.info.num_tokens
-            self._write(k_cache, v_cache, k, v, slot_mapping, tokens, 0, stream or 0)
+            self._write(write, k_cache, v_cache, k, v, slot_mapping, 0, stream or 0)
             return
         addresses = [
             as_address(name, address)
@@ -366,18 +369,16 @@ class Descriptor:
 
     def _write(
         self,
+        write: Writer,
         k_cache: int,
         v_cache: int,
         k: int,
         v: int,
         slot_mapping: int,
-        num_tokens: int,
         workspace: int,
         stream: Any,
     ) -> None:
         """Check the addresses of tensors that are otherwise known to be right, and write."""
-        if not num_tokens:
-            return
         bits = k_cache | v_cache | k | v
         if (
             bits & self._item_mask
@@ -388,26 +389,31 @@ class Descriptor:
             self._arguments.refuse_addresses((k_cache, v_cache, k, v, slot_mapping))
         if v_cache - k_cache != self._apart:
             self._apart = self._arguments.distance(k_cache, v_cache)
-        opaque = self._opaque or self._alive()
-        opaque.calculate(k_cache, v_cache, k, v, slot_mapping, num_tokens, workspace, stream)
+        write(k_cache, v_cache, k, v, slot_mapping, workspace, stream)
 
     def _check_and_write(
         self, arrays: tuple[Any, ...], workspace: Any, workspace_size: int, stream: Any
     ) -> None:
         """Check everything, and remember the arrays' looks."""
-        self._alive()
+        opaque = self._alive()
         k_cache, v_cache, k, v, slot_mapping, tokens = self._arguments.read(arrays)
         if stream is None and type(arrays[0]) is not int:
             current = reader_of("k_cache", arrays[0]).stream
             stream = current and current(arrays[0], self.index)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
+        if not tokens:
+            return
+        write = opaque.writer(tokens)
         if self.workspace_size == 0:
-            self._accepted = _accept(arrays, tokens)
-        self._write(k_cache, v_cache, k, v, slot_mapping, tokens, workspace_at, stream)
+            self._accepted = _accept(arrays, write)
+            if self._opaque is None:  # another thread has destroyed this meanwhile
+                self._accepted = _NOTHING
+        self._write(write, k_cache, v_cache, k, v, slot_mapping, workspace_at, stream)
 
     def destroy(self) -> None:
         """Let go of the kernel and the device. Twice is no error; any other use after it is."""
         self._opaque = None
+        self._write_as_created = None
         self._accepted = _NOTHING
 
     def __enter__(self) -> Descriptor:
@@ -495,13 +501,13 @@ def _same_device(one: str, other: str) -> bool:
     return kind == other_kind and (None in (index, other_index) or index == other_index)
 
 
-def _accept(arrays: tuple[Any, ...], tokens: int) -> _Accepted:
+def _accept(arrays: tuple[Any, ...], write: Writer) -> _Accepted:
     """Return what is needed to know arrays like these again, where that is possible."""
     kind = type(arrays[0])
     if kind not in readers or any(type(array) is not kind for array in arrays):
         return _NOTHING
     reader = readers[kind]
     try:
-        return reader.recogniser(*arrays), reader.address, reader.stream, tokens
+        return reader.recogniser(*arrays), reader.address, reader.stream, write
     except Exception:
         return _NOTHING

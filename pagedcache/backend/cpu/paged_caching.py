@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from pagedcache.status import NotSupportedError
 from pagedcache.tensors import Array, view
 
 if TYPE_CHECKING:
+    from pagedcache.backend.protocol import Writer
     from pagedcache.info import PagedCachingInfo
 
 _MOST_ROW = 2**31 - 1  # bytes of a NumPy element
 
 
 class PagedCaching:
-    """Writes on the calling thread; done when `calculate` returns. Needs no workspace."""
+    """Writes on the calling thread; done when a writer returns. Needs no workspace."""
 
     workspace_size = 0
 
@@ -56,18 +58,21 @@ class PagedCaching:
         """Return one thread, whatever the number of tokens."""
         return LaunchConfig((1, 1, 1), (1, 1, 1))
 
-    def calculate(
+    def writer(self, num_tokens: int) -> Writer:
+        """Return a function that writes `num_tokens` rows of K and V."""
+        return functools.partial(self._write, num_tokens)
+
+    def _write(
         self,
+        num_tokens: int,
         k_cache: int,
         v_cache: int,
         k: int,
         v: int,
         slot_mapping: int,
-        num_tokens: int,
         workspace: int,
         stream: object,
     ) -> None:
-        """Write `num_tokens` rows of K and V, given the addresses of all five tensors."""
         info = self._info
         slot_size = info.slot_dtype.itemsize
         # A copy, since another thread may change them between two looks.

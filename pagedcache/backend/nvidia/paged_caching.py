@@ -6,6 +6,7 @@ through the device that it is given, so a test can give it one that runs the ker
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
@@ -18,6 +19,7 @@ from pagedcache.status import NotSupportedError
 if TYPE_CHECKING:
     from pagedcache.backend.nvidia.device import CudaDevice, Limits
     from pagedcache.backend.nvidia.launch import Launch
+    from pagedcache.backend.protocol import Writer
     from pagedcache.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
@@ -58,7 +60,6 @@ class PagedCaching:
             rule = f"must have at most {MOST} slots on a GPU"
             raise NotSupportedError("k_cache", rule, info.num_slots)
         self._device = device
-        self._current_stream = device.current_stream
         self._slot_size = info.slot_dtype.itemsize
         # All widths are one program: a new shape never compiles. Addresses are known only at each
         # call, so a narrower instance than the strides allow may be needed for some.
@@ -74,55 +75,69 @@ class PagedCaching:
             if width <= widest
         }
         self._widest = self._kernels[widest]
-        self._alignment_mask = widest - 1
 
     def launch_config(self, num_tokens: int) -> LaunchConfig:
         """Return the launch for `num_tokens` tokens whose addresses allow the widest access."""
-        kernel = self._widest
-        grid = kernel.large if num_tokens > kernel.few_tokens else kernel.small
-        blocks = grid.blocks(min(num_tokens, kernel.most_tokens))
+        tokens = min(num_tokens, self._widest.most_tokens)
+        grid = self._widest.grid(tokens)
+        blocks = grid.blocks(tokens)
         return LaunchConfig((max(blocks, 1), 1, 1), (grid.threads, 1, 1))
 
-    def calculate(
+    def writer(self, num_tokens: int) -> Writer:
+        """Return a function that queues a write of `num_tokens` tokens."""
+        return self._writer(self._widest, num_tokens, 0)
+
+    def _writer(self, kernel: _Kernel, num_tokens: int, first_token: int) -> Writer:
+        if num_tokens > kernel.most_tokens:
+            return functools.partial(self._write_in_parts, kernel, num_tokens, first_token)
+        device, current_stream = self._device, self._device.current_stream
+        grid = kernel.grid(num_tokens)
+        launches, blocks, mask = grid.launches, grid.blocks(num_tokens), kernel.width - 1
+
+        def write(
+            k_cache: int, v_cache: int, k: int, v: int, slots: int, workspace: int, stream: Any
+        ) -> None:
+            if stream is None:
+                stream = current_stream()
+            elif type(stream) is not int:
+                stream = device.stream(stream)
+            if misaligned := (k_cache | v_cache | k | v) & mask:
+                # The lowest bit that is set is the alignment that all four addresses share.
+                narrower = self._kernels[misaligned & -misaligned]
+                again = self._writer(narrower, num_tokens, first_token)
+                again(k_cache, v_cache, k, v, slots, workspace, stream)
+                return
+            # Taking from and giving to a list is atomic, so no two threads hold one launch.
+            try:
+                launch = launches.pop()
+            except IndexError:
+                launch = device.prepare(kernel.function, grid.threads, grid.words)
+            _pack_call(launch.words, 0, k_cache, v_cache, k, v, slots, num_tokens, first_token)
+            launch.run(blocks, stream)
+            launches.append(launch)
+
+        return write
+
+    def _write_in_parts(
         self,
+        kernel: _Kernel,
+        num_tokens: int,
+        first_token: int,
         k_cache: int,
         v_cache: int,
         k: int,
         v: int,
-        slot_mapping: int,
-        num_tokens: int,
+        slots: int,
         workspace: int,
         stream: Any,
     ) -> None:
-        """Queue the write, given the addresses of all five tensors."""
-        misaligned = (k_cache | v_cache | k | v) & self._alignment_mask
-        # The lowest bit that is set is the alignment that all four addresses share.
-        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
-        if stream is None:
-            stream = self._current_stream()
-        elif type(stream) is not int:
-            stream = self._device.stream(stream)
-        first = 0
-        while True:
-            # More vectors than the kernel counts take several launches. (min() takes longer.)
-            most = kernel.most_tokens
-            tokens = num_tokens if num_tokens <= most else most  # noqa: FURB136
-            grid = kernel.large if tokens > kernel.few_tokens else kernel.small
-            # Taking from and giving to a list is atomic, so no two threads hold one launch.
-            try:
-                launch = grid.launches.pop()
-            except IndexError:
-                launch = self._device.prepare(kernel.function, grid.threads, grid.words)
-            _pack_call(launch.words, 0, k_cache, v_cache, k, v, slot_mapping, tokens, first)
-            launch.run(grid.blocks(tokens), stream)
-            grid.launches.append(launch)
-            num_tokens -= tokens
-            if not num_tokens:
-                return
-            first += tokens
-            k += tokens * kernel.k_token_stride
-            v += tokens * kernel.v_token_stride
-            slot_mapping += tokens * self._slot_size
+        """Make several launches, where there are more vectors than the kernel counts."""
+        for done in range(0, num_tokens, kernel.most_tokens):
+            tokens = min(num_tokens - done, kernel.most_tokens)
+            k_at, v_at = k + done * kernel.k_token_stride, v + done * kernel.v_token_stride
+            slots_at = slots + done * self._slot_size
+            write = self._writer(kernel, tokens, first_token + done)
+            write(k_cache, v_cache, k_at, v_at, slots_at, workspace, stream)
 
     def invalid_slots(self, stream: int | None) -> InvalidSlots | None:
         """Wait for a stream, or for the whole device, and return what is known of invalid slots.
@@ -157,7 +172,8 @@ class _Kernel:
             rule = f"must have at most {MOST * width} bytes of K or V in a token"
             raise NotSupportedError("k_cache", rule, per_token * width)
         self.function = function
-        self.few_tokens = limits.multiprocessors * many_threads // per_token
+        self.width = width
+        self._few_tokens = limits.multiprocessors * many_threads // per_token
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
 
@@ -185,8 +201,12 @@ class _Kernel:
             ]
 
         tile = tile_of(info) if most >= TILE else 1
-        self.small = _Grid(few_threads, 1, per_token, words(1))
-        self.large = _Grid(many_threads, tile, per_token, words(tile))
+        self._small = _Grid(few_threads, 1, per_token, words(1))
+        self._large = _Grid(many_threads, tile, per_token, words(tile))
+
+    def grid(self, tokens: int) -> _Grid:
+        """Return the one for a write of so many tokens."""
+        return self._large if tokens > self._few_tokens else self._small
 
 
 class _Grid:
