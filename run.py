@@ -3,8 +3,8 @@
     python3 run.py demo     # or: test, check, bench ...
 
 Makes a virtual environment in .venv, installs this checkout there with what the command needs
-(with CuPy for the CUDA of the driver, where there is one), and runs it. Needs Python 3.10 or newer;
-nothing else is touched. A second run reuses the environment.
+(with CuPy for the CUDA of the driver, where there is one), and runs it. A second run reuses the
+environment, and `. .venv/bin/activate` makes it that of a shell. Needs Python 3.10 or newer.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def install(extras: list[str]) -> None:
         made = subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=False)
         if made.returncode:
             sys.exit("Python's venv module is incomplete here; on Debian: apt install python3-venv")
-    print(f"Installing pagedcache[{','.join(extras)}] ...", flush=True)
+    wanted = f"[{','.join(extras)}]" if extras else ""
+    print(f"Installing pagedcache{wanted} ...", flush=True)
     bar = "on" if sys.stdout.isatty() else "off"
     pip = [PYTHON, "-m", "pip", "install", "--progress-bar", bar, "--quiet", "--quiet"]
-    subprocess.run([*pip, "-e", f"{ROOT}[{','.join(extras)}]"], check=True)
+    subprocess.run([*pip, "-e", f"{ROOT}{wanted}"], check=True)
 
 
 def main(arguments: list[str]) -> int:
