@@ -226,8 +226,12 @@ def test_switched_on_by_the_environment(monkeypatch):
         pc.Descriptor.create(*case.arrays()), 0, 0, *case.addresses(), 0
     ) == Status.BAD_PARAM  # fmt: skip
     pc.Descriptor.create(*case.arrays(), debug=False).calculate(*case.arrays())
-    monkeypatch.setenv("PAGEDCACHE_DEBUG", "0")
-    pc.Descriptor.create(*case.arrays()).calculate(*case.arrays())
+    for off in ("0", ""):
+        monkeypatch.setenv("PAGEDCACHE_DEBUG", off)
+        pc.Descriptor.create(*case.arrays()).calculate(*case.arrays())
+    monkeypatch.setenv("PAGEDCACHE_DEBUG", "yes")
+    with pytest.raises(ValueError, match="PAGEDCACHE_DEBUG must be 0 or 1, got 'yes'"):
+        pc.Descriptor.create(*case.arrays())
 
 
 @pytest.mark.parametrize(

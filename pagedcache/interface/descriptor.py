@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pagedcache.arrays import adopt, reader_of, readers
+from pagedcache.environment import switched_on
 from pagedcache.info import NAMES, PagedCachingInfo
 from pagedcache.interface import checks
 from pagedcache.interface.arguments import Arguments, as_address, not_null
@@ -138,7 +138,7 @@ class Descriptor:
             rule = f"must be one of {', '.join(ON_INVALID)}"
             raise BadParamError("on_invalid", rule, repr(on_invalid))
         if debug is None:
-            debug = os.environ.get("PAGEDCACHE_DEBUG") == "1"
+            debug = switched_on("PAGEDCACHE_DEBUG", default=False)
         if not isinstance(debug, bool):
             raise BadParamTypeError("debug", "must be True, False or None", repr(debug))
         if handle is not None and not isinstance(handle, Handle):

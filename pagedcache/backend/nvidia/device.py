@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.launch import CAPTURE, NOT_CAPTURED, Launch, failure, launch_extended
 from pagedcache.backend.nvidia.record import Record, Records
 from pagedcache.backend.protocol import load_operator
+from pagedcache.environment import switched_on
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
@@ -253,7 +253,7 @@ class CudaDevice:
 
 
 def _can_be_programmatic() -> bool:
-    if os.environ.get("PAGEDCACHE_PDL") == "0":
+    if not switched_on("PAGEDCACHE_PDL", default=True):
         return False
     try:
         launch_extended()

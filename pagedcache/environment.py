@@ -1,0 +1,21 @@
+"""Environment variables that switch something on or off."""
+
+from __future__ import annotations
+
+import os
+
+from pagedcache.status import BadParamError
+
+
+def switched_on(name: str, *, default: bool) -> bool:
+    """Tell whether an environment variable is 1, or `default` where it is unset or empty.
+
+    Raises
+    ------
+    BadParamError
+        It is neither 0 nor 1.
+    """
+    value = os.environ.get(name) or str(int(default))
+    if value not in ("0", "1"):
+        raise BadParamError(f"environment variable {name}", "must be 0 or 1", repr(value))
+    return value == "1"
