@@ -251,12 +251,24 @@ def _check_shapes(tensors: dict[str, TensorDescriptor], layout: str) -> None:
             known, origin = sizes.setdefault(shared, (length, name))
             if length != known:
                 rule = f"must have the {axis} of {origin}, {known}, in {expected} (layout {layout})"
+                if axis == "num_kv_heads" and not name.endswith("_cache"):
+                    rule += _other_layout(tensors["k_cache"].shape, layout, length)
                 raise BadTensorShapeError(name, rule, f"shape {tensor.shape}")
     tokens = tensors["slot_mapping"].shape[0]
     for name in ("k", "v"):
         if tensors[name].shape[0] < tokens:
             rule = f"must have a row for each of the {tokens} slots of slot_mapping"
             raise BadTensorShapeError(name, rule, f"{tensors[name].shape[0]} rows")
+
+
+def _other_layout(cache: tuple[int, ...], layout: str, heads: int) -> str:
+    """Return a hint at the layout in which a cache of this shape has so many heads."""
+    fitting = [
+        other
+        for other, axes in LAYOUTS.items()
+        if other != layout and cache[axes.index("num_kv_heads")] == heads
+    ]
+    return "".join(f"; in layout {other} it has {heads}" for other in fitting)
 
 
 def _check_strides(tensors: dict[str, TensorDescriptor]) -> None:
