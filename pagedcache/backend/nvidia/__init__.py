@@ -24,7 +24,7 @@ class NvidiaBackend:
     """Serves ``"cuda"``."""
 
     def check(self) -> None:
-        """Look for the driver, import CuPy, and ask for a device and NVRTC.
+        """Look for one CuPy and the driver, and ask for a device and NVRTC.
 
         Raises
         ------
@@ -37,8 +37,8 @@ class NvidiaBackend:
         """
         if fork.forked():
             raise DeviceNotInitializedError("backend cuda", fork.RULE)
-        _check_driver()
         _check_one_cupy()
+        _check_driver()
         _count_devices()
         _check_nvrtc()
 
