@@ -17,7 +17,8 @@ from pagedcache.interface.warmup import warming_up
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pagedcache", description=__doc__)
+    told = "What a bug report needs; warm-up, the demo, the bench."
+    parser = argparse.ArgumentParser(prog="python -m pagedcache", description=told)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("about", help="versions, backends, device limits, folders (the default)")
     warm = commands.add_parser("warmup", help="compile all kernels now, so that no call has to")

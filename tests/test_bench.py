@@ -38,6 +38,12 @@ def test_on_the_cpu(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert run("--device", "cpu", "--plot", str(tmp_path / "picture.png")) == 2
+    assert capsys.readouterr().out == "--plot needs matplotlib: pip install 'pagedcache[bench]'\n"
+
+
 @pytest.mark.gpu
 def test_on_the_gpu(capsys, tmp_path):
     numbers = tmp_path / "numbers.json"

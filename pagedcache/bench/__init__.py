@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -36,18 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, kind: Any, **more: Any) -> None:
         flag = "--" + name.replace("_", "-")
         default = [axis[name].default]
+        more["help"] = f"{more.get('help', '')} (default: {default[0]})".strip()
         parser.add_argument(flag, type=kind, nargs="+", default=default, **more)
 
-    parser.add_argument("--tokens", type=_positive, nargs="+", help="default: 1 to 65536")
+    sizes = f"(default: {TOKENS[0]} to {TOKENS[-1]}; on a CPU, {CPU_TOKENS[0]} to {CPU_TOKENS[-1]})"
+    capacity = f"of the caches (default: {GPU_SLOTS}; on a CPU, four times the tokens)"
+    parser.add_argument("--tokens", type=_positive, nargs="+", help=sizes)
     for name in ("heads", "head_size", "block_size"):
         add(name, _positive, metavar="N")
     parser.add_argument("--v-head-size", type=_positive, help="default: that of K")
     add("dtype", str, choices=("float16", "bfloat16", "float32"))
     add("layout", str, choices=("HND", "NHD"))
-    add("slots", str, choices=SLOT_ORDERS, help="where tokens go (default: blocks)")
-    add("source", str, choices=SOURCES, help="what K and V are slices of (default: plain)")
+    add("slots", str, choices=SLOT_ORDERS, help="where tokens go")
+    add("source", str, choices=SOURCES, help="what K and V are slices of")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
-    parser.add_argument("--num-slots", type=_positive, help="capacity of the caches")
+    parser.add_argument("--num-slots", type=_positive, help=capacity)
     parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write all numbers there")
@@ -66,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         handle = pc.Handle(arguments.device)
     except pc.PagedCacheError as error:
         print(f"pagedcache bench: {error}")
+        return 2
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        print("--plot needs matplotlib: pip install 'pagedcache[bench]'")
         return 2
     on_gpu = handle.device != "cpu"
     print(f"{handle!r}")
@@ -95,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        return _plot(results, arguments.plot)
+        _plot(results, arguments.plot)
     return 0
 
 
@@ -257,16 +264,13 @@ def _machine(handle: pc.Handle) -> dict[str, str]:
     return machine
 
 
-def _plot(results: dict[str, Any], file: Path) -> int:
+def _plot(results: dict[str, Any], file: Path) -> None:
     """Draw rate against tokens, one line a competitor, the memcpy as the ceiling."""
-    try:
-        import matplotlib as mpl
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("--plot needs matplotlib: pip install 'pagedcache[bench]'")
-        return 2
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
     # Red is ours alone.
     colours = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "gray")]
     figure, panels = pyplot.subplots(
@@ -295,7 +299,6 @@ def _plot(results: dict[str, Any], file: Path) -> int:
     figure.suptitle(results["machine"]["device"], fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
-    return 0
 
 
 @contextlib.contextmanager

@@ -160,7 +160,8 @@ def require_readers() -> None:
         importlib.import_module("gguf")
         importlib.import_module("tokenizers")
     except ImportError as error:
-        raise NoModelError(f"the packages gguf and tokenizers are needed ({error})") from error
+        rule = "the packages gguf and tokenizers are needed: pip install 'pagedcache[demo]'"
+        raise NoModelError(f"{rule} ({error})") from error
 
 
 def find_model(*, download: bool = True) -> Path:
