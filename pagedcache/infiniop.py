@@ -210,9 +210,9 @@ def infiniopPagedCaching(
 ) -> Status:
     """Queue the write of as many tokens as the slot mapping was described with."""
     try:
-        _given("desc", desc, Descriptor).write_at(
-            k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream
-        )
+        if type(desc) is not Descriptor:
+            desc = _given("desc", desc, Descriptor)
+        desc.write_at(k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream)
     except PagedCacheError as error:
         return error.status
     except Exception:

@@ -347,9 +347,6 @@ class Descriptor:
         write = self._write_as_created  # read once: another thread may destroy this
         if (
             type(k_cache) is type(v_cache) is type(k) is type(v) is type(slot_mapping) is int
-            and k_cache > 0 < v_cache
-            and k > 0 < v
-            and slot_mapping > 0
             and type(workspace_size) is int
             and workspace_size == 0 == self.workspace_size
             and write is not None

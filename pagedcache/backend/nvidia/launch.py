@@ -125,13 +125,9 @@ class Launch:
         self._attribute.value[0] = 1
         attribute = ctypes.addressof(self._attribute)
         config = self._config = _Config(1, 1, 1, threads, 1, 1, 0, None, attribute, 1)
-        # Converted once: ctypes would convert plain ints at every call.
-        pointers: tuple[Any, ...] = (
-            ctypes.c_void_p(ctypes.addressof(config)),
-            ctypes.c_void_p(function),
-            ctypes.c_void_p(ctypes.addressof(self._arguments)),
-            None,
-        )
+        # Converted once, to what ctypes makes at every call of ints and of c_void_p alike.
+        addresses = (ctypes.addressof(config), function, ctypes.addressof(self._arguments))
+        pointers = (*map(ctypes.c_void_p.from_param, addresses), None)
 
         def queue(blocks: int, stream: int) -> None:
             config.grid_x = blocks
