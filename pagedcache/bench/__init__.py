@@ -28,6 +28,7 @@ CPU_TOKENS = (64, 1024, 4096, 16384)
 MEMCPY = "memcpy"
 GPU_SLOTS = 262_144
 HOST_TOKENS = 64
+HOST_ROUNDS = 21
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,8 +213,9 @@ def _host(arguments: argparse.Namespace) -> dict[str, float]:
                 write(0)
                 calls[name] = lambda write=write: write(0)  # type: ignore[misc]
     rounds = [
-        {name: host_microseconds(call, drain, repeats=5) for name, call in calls.items()}
-        for _ in range(3)
+        # In short turns, so that a clock that drifts does so for all of them.
+        {name: host_microseconds(call, drain) for name, call in calls.items()}
+        for _ in range(HOST_ROUNDS)
     ]
     times = {name: float(np.median([row[name] for row in rounds])) for name in calls}
     rivals = [time for name, time in times.items() if name in peers.PEERS]

@@ -118,19 +118,15 @@ def _capture(stream: Any) -> Iterator[list[Callable[[], None]]]:
         launch.append(replay)
 
 
-def host_microseconds(
-    call: Callable[[], Any], drain: Callable[[], Any], calls: int = 300, repeats: int = 15
-) -> float:
+def host_microseconds(call: Callable[[], Any], drain: Callable[[], Any], calls: int = 300) -> float:
     """Return the microseconds that `call` keeps the host."""
-    times = []
-    for _ in range(repeats):
-        drain()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - began) / calls * 1e6)
     drain()
-    return statistics.median(times)
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    took = time.perf_counter() - began
+    drain()
+    return took / calls * 1e6
 
 
 FIRST_CALL = """
