@@ -137,6 +137,9 @@ constexpr unsigned int kFirstThreads = 1u << 18;
 // then to the next head, then to the next tile: neither a head nor a token leaves threads idle, and
 // where the cache has these rows one behind the other, they write whole 32-byte sectors of it,
 // however long a row is. A sector written in two parts costs more than two sectors.
+//
+// In a grid of two rows of blocks the first row copies K and the second V. Memory is the faster for
+// having fewer streams at once, where there are more threads than a device holds.
 template <typename T, typename Slot, int kWidth>
 __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
     pagedCaching(const __grid_constant__ PagedCachingParameters p) {
@@ -157,17 +160,19 @@ __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
   const unsigned int head = in_tile >> shift;
   const unsigned int token = (tile << shift) + (in_tile & ((1u << shift) - 1));
   if (token >= p.tokens) return;
-  const bool has_k = in_row < p.k_rows.vectors_per_row;
-  const bool has_v = in_row < p.v_rows.vectors_per_row;
+  const bool first_row = blockIdx.y == 0, last_row = blockIdx.y == gridDim.y - 1;
+  const bool has_k = first_row && in_row < p.k_rows.vectors_per_row;
+  const bool has_v = last_row && in_row < p.v_rows.vectors_per_row;
   const long long offset = static_cast<long long>(in_row) * kWidth;
   const Slot* const slot_at = static_cast<const Slot*>(p.slot_mapping) + token;
   const char* const k_at =
       p.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + offset;
   const char* const v_at =
       p.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + offset;
-  if (index < kFirstThreads) prefetch(slot_at);
-  if (index < kFirstThreads && has_k) prefetch(k_at);
-  if (index < kFirstThreads && has_v) prefetch(v_at);
+  const bool early = first_row && index < kFirstThreads;
+  if (early) prefetch(slot_at);
+  if (early && has_k) prefetch(k_at);
+  if (early && has_v) prefetch(v_at);
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // Launched programmatically, this may run before the kernel ahead of it is done: nothing of what
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
   if (valid && has_k) *reinterpret_cast<V*>(p.k_cache + k_to) = k;
   if (valid && has_v) *reinterpret_cast<V*>(p.v_cache + v_to) = v;
   keep(slot);  // compared anew, so that the report is no branch before the stores
-  const bool first_of_token = in_row == 0 && head == 0;
+  const bool first_of_token = first_row && in_row == 0 && head == 0;
   if (first_of_token && slot >= static_cast<long long>(p.num_slots)) {
     reportInvalid(p.invalid, p.first_token + token, slot);
   }

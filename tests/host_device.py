@@ -29,7 +29,7 @@ def build(folder):
     program = [shutil.which("g++"), *flags, "-I", source.folder(), here, "-o", built]
     subprocess.run(program, check=True)
     library = ctypes.CDLL(str(built))
-    library.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint] * 2 + [ctypes.c_void_p]
+    library.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint] * 3 + [ctypes.c_void_p]
     library.parameters_size.restype = ctypes.c_size_t
     library.divide.restype = ctypes.c_uint32
     library.divide.argtypes = [ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
@@ -68,13 +68,13 @@ class HostDevice:
     def stream(self, stream):
         return 0
 
-    def prepare(self, function, threads, words):
+    def prepare(self, function, rows, threads, words):
         words = (ctypes.c_uint64 * len(words))(*words)
         assert ctypes.sizeof(words) == self.shim.parameters_size()
 
         def run(blocks, stream):
-            self.launches.append((function, blocks, threads))
-            assert self.shim.run(*function, blocks, threads, words) == 0
+            self.launches.append((function, (blocks, rows), threads))
+            assert self.shim.run(*function, blocks, rows, threads, words) == 0
 
         return SimpleNamespace(words=words, run=run)
 

@@ -9,9 +9,9 @@ struct alignas(16) uint4 {
   unsigned int x, y, z, w;
 };
 struct Dimension {
-  unsigned int x;
+  unsigned int x, y;
 };
-static thread_local Dimension threadIdx, blockIdx, blockDim;
+static thread_local Dimension threadIdx, blockIdx, blockDim, gridDim;
 
 // Threads of the host may share a report, so these are as atomic as those of CUDA.
 static unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
@@ -57,8 +57,8 @@ static Kernel pick(int width) {
 }
 
 // dtype: 0 F16, 1 BF16, 2 F32. Blocks and threads run one after the other.
-extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, unsigned int threads,
-                   const pagedcache::PagedCachingParameters* parameters) {
+extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, unsigned int rows,
+                   unsigned int threads, const pagedcache::PagedCachingParameters* parameters) {
   using namespace pagedcache;
   const bool wide = slot_bytes == 8;
   const Kernel kernel = dtype == 0 ? (wide ? pick<F16, long long>(width) : pick<F16, int>(width))
@@ -66,9 +66,11 @@ extern "C" int run(int dtype, int slot_bytes, int width, unsigned int blocks, un
                             ? (wide ? pick<BF16, long long>(width) : pick<BF16, int>(width))
                             : (wide ? pick<F32, long long>(width) : pick<F32, int>(width));
   if (kernel == nullptr) return 1;
-  blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*parameters);
+  blockDim = {threads, 1};
+  gridDim = {blocks, rows};
+  for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) kernel(*parameters);
   return 0;
 }
 

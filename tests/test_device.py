@@ -82,7 +82,8 @@ def device(monkeypatch):
     from pagedcache.backend.nvidia import record
 
     runtime = Runtime()
-    cuda = SimpleNamespace(Device=Current, Stream=Stream)
+    current = lambda index: SimpleNamespace(ptr=3)  # noqa: E731
+    cuda = SimpleNamespace(Device=Current, Stream=Stream, get_current_stream=current)
     for module in (room, record):
         monkeypatch.setattr(module, "cupy", SimpleNamespace(cuda=cuda))
         monkeypatch.setattr(module, "runtime", runtime)
@@ -91,7 +92,6 @@ def device(monkeypatch):
     monkeypatch.setattr(room, "_can_be_programmatic", lambda: True)
     made = room.CudaDevice(0)
     made.runtime = runtime
-    monkeypatch.setattr(made, "current_stream", lambda: 3)
     return made
 
 

@@ -309,7 +309,7 @@ def launch(monkeypatch):
             ),
         )
         monkeypatch.setattr(room, "launch_extended", lambda: lambda *_: status)
-        return room.Launch(0, 1, 64, (0,), programmatic=True)
+        return room.Launch(0, 1, 1, 64, (0,), programmatic=True)
 
     return refused
 

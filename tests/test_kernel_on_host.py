@@ -31,7 +31,7 @@ EXAMPLES = 3000 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") els
     cases(),
     st.sampled_from([512, 1024, 4096]),
     st.sampled_from([8, 20, 2**31 - 1]),
-    st.sampled_from([0, 4]),  # any write is a large one where there are none
+    st.sampled_from([0, 1, 4]),  # any write is a large one where there are none
 )
 def test_kernel_writes_what_the_definition_says(
     library, case, thread_class, max_grid_x, multiprocessors
@@ -51,8 +51,9 @@ def test_kernel_writes_what_the_definition_says(
         same(mine, wanted)
         assert descriptor._opaque.invalid_slots(None) == invalid
         assert descriptor._opaque.invalid_slots(None) is None
-    for _, blocks, _ in device.launches:
+    for _, (blocks, rows), _ in device.launches:
         assert 1 <= blocks <= max_grid_x
+        assert rows in (1, 2)
 
 
 @settings(max_examples=5000, deadline=None)
@@ -115,10 +116,11 @@ def test_one_launch_without_idle_blocks(library):
     with descriptor_on(device, case) as descriptor:
         config = descriptor.launch_config(1000)
         descriptor.calculate(*case.arrays())
-    [(_, blocks, threads)] = device.launches
-    assert (blocks, threads) == (config.grid[0], config.block[0])
+    [(_, (blocks, rows), threads)] = device.launches
+    assert (blocks, rows, threads) == (*config.grid[:2], config.block[0])
+    assert rows == 2  # one for K, one for V
     assert config.shared_mem == 0
-    assert blocks * threads == 1000 * 8 * 128 * 2 // 16  # 16 bytes of K and of V a thread
+    assert blocks * threads == 1000 * 8 * 128 * 2 // 16  # 16 bytes a thread
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_tiles(library, layout, k_size, v_size, dtype, tile, tokens):
     with descriptor_on(device, case) as descriptor:
         assert nvidia.tile_of(descriptor.info) == tile
         descriptor.calculate(*case.arrays())
-        [(function, blocks, threads)] = device.launches
+        [(function, (blocks, _), threads)] = device.launches
     vectors = max(k_size, v_size) * case.views["k"].itemsize // function[2] * 3
     assert blocks == -(-(-(-tokens // tile) * tile * vectors) // threads)
     same(case, wanted)

@@ -297,6 +297,8 @@ def test_strategy_follows_the_device(cupy):
         assert config.block == (large, 1, 1)
         assert descriptor.launch_config(1).block == (small, 1, 1)
         assert config.grid[0] * large == 65_536 * 3 * 8 * 2 // 16
+        assert config.grid[1:] == (1, 1)  # too few bytes to fill the device
+        assert descriptor.launch_config(1 << 20).grid[1] == 2
 
 
 def test_bad_input(cupy):

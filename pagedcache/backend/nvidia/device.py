@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,18 @@ class CudaDevice:
     name : str
         ``"cuda:0"``.
     limits : Limits
+    current_stream : callable
+        Returns the handle of CuPy's current stream on this device.
     programmatic : bool
         Whether launches ask for programmatic dependent launch: on compute capability 9.0 and up,
         unless the environment variable ``PAGEDCACHE_PDL`` is 0.
     """
 
     def __init__(self, index: int) -> None:
+        get_stream = cupy.cuda.get_current_stream
         self.index = index
+        # No method, which would have to look up all of that at each call.
+        self.current_stream: Callable[[], int] = lambda: get_stream(index).ptr
         self.name = f"cuda:{index}"
         self.limits = _query(index)
         _ = self.limits.thread_class  # refuses a device that is too small
@@ -157,11 +162,6 @@ class CudaDevice:
                         raise CompileError(file, rule) from error
                 self._compiled[key] = kernels
         return [kernel.ptr for kernel in self._compiled[key]]
-
-    def current_stream(self) -> int:
-        """Return the handle of CuPy's current stream on this device."""
-        handle: int = cupy.cuda.get_current_stream(self.index).ptr
-        return handle
 
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream; ``None`` is CuPy's current one on this device."""
@@ -247,9 +247,9 @@ class CudaDevice:
         except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
             raise failure(step, self.index, error) from error
 
-    def prepare(self, function: int, threads: int, words: Sequence[int]) -> Launch:
+    def prepare(self, function: int, rows: int, threads: int, words: Sequence[int]) -> Launch:
         """Return a `Launch` on this device of a function that `compile` returned."""
-        return Launch(self.index, function, threads, words, programmatic=self.programmatic)
+        return Launch(self.index, function, rows, threads, words, programmatic=self.programmatic)
 
 
 def _can_be_programmatic() -> bool:

@@ -71,8 +71,8 @@ class Launch:
         Index of the function's device.
     function : int
         CUfunction.
-    threads : int
-        In a block.
+    rows, threads : int
+        Rows of blocks in the grid, and threads in a block.
     words : sequence of int
         The argument, as it is before the caller writes into `words`.
     programmatic : bool
@@ -82,20 +82,27 @@ class Launch:
     ----------
     words : ctypes array
     run : callable
-        Queues the launch: takes the number of blocks of a one-dimensional grid, and the handle of
-        a stream. Raises `LaunchError` if the driver refuses it.
+        Queues the launch: takes the number of blocks in a row, and the handle of a stream. Raises
+        `LaunchError` if the driver refuses it.
     """
 
     run: Callable[[int, int], None]
 
     def __init__(
-        self, device: int, function: int, threads: int, words: Sequence[int], *, programmatic: bool
+        self,
+        device: int,
+        function: int,
+        rows: int,
+        threads: int,
+        words: Sequence[int],
+        *,
+        programmatic: bool,
     ) -> None:
         self.words = (ctypes.c_uint64 * len(words))(*words)
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
         self._device = device
         way = self._programmatic if programmatic else self._plain
-        self._queue = way(function, threads)
+        self._queue = way(function, rows, threads)
         self.run = self._queue if runtime.getDeviceCount() == 1 else self._run_on_its_device
 
     def _run_on_its_device(self, blocks: int, stream: int) -> None:
@@ -108,23 +115,23 @@ class Launch:
         except runtime.CUDARuntimeError as error:
             raise failure("launch", self._device, error) from error
 
-    def _plain(self, function: int, threads: int) -> Callable[[int, int], None]:
+    def _plain(self, function: int, rows: int, threads: int) -> Callable[[int, int], None]:
         launch, arguments = driver.launchKernel, ctypes.addressof(self._arguments)
 
         def queue(blocks: int, stream: int) -> None:
             try:
-                launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, 0)
+                launch(function, blocks, rows, 1, threads, 1, 1, 0, stream, arguments, 0)
             except driver.CUDADriverError as error:
                 self._refused(error, blocks, stream)
 
         return queue
 
-    def _programmatic(self, function: int, threads: int) -> Callable[[int, int], None]:
+    def _programmatic(self, function: int, rows: int, threads: int) -> Callable[[int, int], None]:
         launch = launch_extended()
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
         attribute = ctypes.addressof(self._attribute)
-        config = self._config = _Config(1, 1, 1, threads, 1, 1, 0, None, attribute, 1)
+        config = self._config = _Config(1, rows, 1, threads, 1, 1, 0, None, attribute, 1)
         # Converted once, to what ctypes makes at every call of ints and of c_void_p alike.
         addresses = (ctypes.addressof(config), function, ctypes.addressof(self._arguments))
         pointers = (*map(ctypes.c_void_p.from_param, addresses), None)
