@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import cases, invalid_slots, same, simple_case
 
 import pagedcache as pc
@@ -37,10 +38,13 @@ def on_cpu(case):
 
 
 @settings(max_examples=10_000, deadline=None)
-@given(cases())
-def test_writes_what_the_cpu_backend_writes(cupy, case):
+@given(cases(), st.booleans())
+def test_writes_what_the_cpu_backend_writes(cupy, case, as_if_large):
     there = case.on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays(), layout=case.layout) as descriptor:
+        if as_if_large:  # with threads for K and others for V, whatever the shapes are
+            for kernel in descriptor._opaque._kernels.values():
+                kernel._few_tokens = kernel._many_tokens = 0
         descriptor.calculate(*there.arrays())
         assert descriptor._opaque.invalid_slots(None) == invalid_slots(case)
     same(there, on_cpu(case))
