@@ -66,6 +66,7 @@ def adopt(subject: str, array: object) -> Tensor:
     Returns
     -------
     Tensor
+        Without elements, its strides are those of the array or row-major.
 
     Raises
     ------
@@ -78,7 +79,12 @@ def adopt(subject: str, array: object) -> Tensor:
     BadTensorDtypeError
         Its dtype is none of NumPy or ml_dtypes.
     """
-    return reader_of(subject, array).read(subject, array)
+    tensor = reader_of(subject, array).read(subject, array)
+    if 0 in tensor.shape and tensor.strides[-1] != tensor.dtype.itemsize:
+        # Nothing is ever found by these strides; NumPy makes them 0 where it converts no elements.
+        steps = row_major(tensor.shape)
+        return tensor._replace(strides=tuple(step * tensor.dtype.itemsize for step in steps))
+    return tensor
 
 
 def reader_of(subject: str, array: object) -> Reader:

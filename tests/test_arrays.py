@@ -516,3 +516,22 @@ def test_arrays_that_numba_filled():
     wanted = expected(case)
     pc.paged_caching(*arrays_of_numba)
     same(case, wanted)
+
+
+def test_arrays_without_elements_have_any_strides():
+    empty = np.zeros((0, 2, 8)).astype(np.float16)
+    assert empty.strides == (0, 0, 0)  # what NumPy makes of them
+    assert arrays.adopt("k", empty).strides == (32, 16, 2)
+    qkv = np.zeros((5, 6, 8), np.float16)
+    assert arrays.adopt("k", qkv[:0, 2:4]).strides == (96, 16, 2)
+    case = simple_case(tokens=5, heads=2, dtype="float16")
+    k_cache, v_cache, _, _, slots = case.arrays()
+    none, wanted = (k_cache, v_cache, empty, empty, slots[:0]), expected(case)
+    with pc.Descriptor.create(*none) as descriptor:
+        descriptor.calculate(*none)
+        descriptor.calculate(*case.arrays())
+        same(case, wanted)
+        for changed in (none, (k_cache, v_cache, empty[:, :, ::-1], empty, slots[:0])):
+            descriptor.calculate(*changed)
+            pc.paged_caching(*changed)
+    same(case, wanted)

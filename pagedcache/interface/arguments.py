@@ -99,11 +99,11 @@ class Arguments:
     def _check_rest(self, name: str, tensor: Tensor, expected: Expected) -> None:
         if tensor.dtype != expected.dtype:
             raise _unlike(BadTensorDtypeError, name, f"dtype {expected.dtype}", tensor.dtype)
-        if tensor.strides != expected.strides and any(
-            length > 1 and step != wanted
-            for length, step, wanted in zip(
-                tensor.shape, tensor.strides, expected.strides, strict=True
-            )
+        axes = zip(tensor.shape, tensor.strides, expected.strides, strict=True)
+        if (
+            tensor.strides != expected.strides
+            and 0 not in tensor.shape
+            and any(length > 1 and step != wanted for length, step, wanted in axes)
         ):
             raise _unlike(
                 BadTensorStridesError, name, f"strides {expected.strides} bytes", tensor.strides
