@@ -41,9 +41,11 @@ def _write(
     layout: str = "HND",
     on_invalid: str = "skip",
 ) -> None:
-    _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
-    # Or autograd would not notice that what it kept was written over.
-    torch.autograd.graph.increment_version((k_cache, v_cache))
+    try:
+        _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
+    finally:
+        # Or autograd would not notice that what it kept was written over, if only in part.
+        torch.autograd.graph.increment_version((k_cache, v_cache))
 
 
 def _write_nothing(*_: object, **__: object) -> None:

@@ -535,3 +535,30 @@ def test_arrays_without_elements_have_any_strides():
             descriptor.calculate(*changed)
             pc.paged_caching(*changed)
     same(case, wanted)
+
+
+def test_an_interface_that_copies_is_refused():
+    class Copying:
+        def __init__(self):
+            self.kept = []
+
+        @property
+        def __array_interface__(self):
+            self.kept.append(np.zeros((2, 3), np.float16))
+            return self.kept[-1].__array_interface__
+
+    with pytest.raises(ValueError, match="k must be readable without a copy"):
+        arrays.adopt("k", Copying())
+
+
+def test_steps_that_are_never_taken_may_be_anything():
+    case = simple_case(tokens=1, heads=1, dtype="float16")
+    k_cache, v_cache, k, v, slots = case.arrays()
+    wanted = expected(case)
+    for steps in ((17, 16, 2), (2**62, 2, 2), (-(2**62), 2**50, 2)):
+        odd = np.lib.stride_tricks.as_strided(k, (1, 1, 8), steps)
+        pc.paged_caching(k_cache, v_cache, odd, v, slots)
+        with pc.Descriptor.create(k_cache, v_cache, odd, v, slots) as descriptor:
+            descriptor.calculate(k_cache, v_cache, odd, v, slots)
+            descriptor.calculate(*case.arrays())
+    same(case, wanted)

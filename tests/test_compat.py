@@ -110,7 +110,7 @@ def test_flashinfer(of, layout, apart):
         append_paged_kv_cache(*sources[:2], *nothing, *rest)
     assert np.array_equal(pages, wanted)
     for odd in (None, [0, 1], "x"):
-        with pytest.raises(pc.PagedCacheError, match="positions, kv_indices and kv_indptr must be"):
+        with pytest.raises(pc.PagedCacheError, match="kv_indices must be an array"):
             append_paged_kv_cache(*sources, given, odd, of(kv_indptr), of(last), layout)
         with pytest.raises(pc.PagedCacheError, match="paged_kv_cache must have 5 axes"):
             append_paged_kv_cache(*sources, odd, of(kv_indices), of(kv_indptr), of(last), layout)
@@ -120,8 +120,64 @@ def test_flashinfer(of, layout, apart):
         rest = (given, of(table), of(kv_indptr), of(last), layout)
         append_paged_kv_cache(*sources[:2], *lost, *rest)
         assert np.array_equal(pages, wanted)
+    # What would be a place in the pages if it were taken for a signed or a smaller number.
+    for position, ends in ((2**64 - 1, kv_indptr), (4, kv_indptr - 2), (2**63 - 4, kv_indptr)):
+        lost = np.full(6, 1, np.int32), np.full(6, position, np.uint64)
+        rest = (given, of(kv_indices), of(ends), of(last), layout)
+        if of is as_numpy:
+            append_paged_kv_cache(*sources[:2], *lost, *rest)
+        elif position < 2**63:
+            append_paged_kv_cache(*sources[:2], of(lost[0]), of(lost[1].astype(np.int64)), *rest)
+        assert np.array_equal(pages, wanted)
+    for odd, kind, words in (
+        (of(positions.astype(np.float32)), TypeError, "positions must be ints, got float32"),
+        (of(positions[:, None]), ValueError, "positions must have one axis"),
+        (of(positions[:1]), ValueError, "positions must be as long as batch_indices, 6, got 1"),
+    ):
+        with pytest.raises(kind, match=words):
+            append_paged_kv_cache(*sources[:3], odd, given, of(kv_indices), of(kv_indptr), of(last))
     for bad in (of(pages[0]), (of(pages[0, 0]), of(pages[0, 1]))):
         with pytest.raises(ValueError, match="paged_kv_cache must have"):
             append_paged_kv_cache(*sources, bad, of(kv_indices), of(kv_indptr), of(last))
     with pytest.raises(ValueError, match="kv_layout must be one of NHD, HND"):
         append_paged_kv_cache(*sources, given, of(kv_indices), of(kv_indptr), of(last), "DHN")
+
+
+class Copying:
+    """An array on disk, say: what is taken of it is a copy."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __getitem__(self, index):
+        return self.array[index].copy()
+
+
+class CopyingExporter(Copying):
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.parametrize("kind", [Copying, CopyingExporter])
+def test_a_pool_that_copies_is_refused(kind):
+    pool, rows_ = np.zeros((4, 8), np.float32), np.ones((1, 8), np.float32)
+    with pytest.raises(pc.PagedCacheError, match=r"k_cache must (be an array|be readable without)"):
+        store_cache(rows_, rows_, kind(pool), pool.copy(), np.array([0]))
+    pages, of_one = np.zeros((4, 2, 2, 1, 8), np.float32), np.ones((1, 1, 8), np.float32)
+    zero = np.array([0])
+    with pytest.raises(pc.PagedCacheError, match=r"paged_kv_cache must (be an array|be readable)"):
+        append_paged_kv_cache(
+            of_one, of_one, zero, zero, kind(pages), zero, np.array([0, 1]), np.array([1])
+        )
+    assert not pool.any()
+    assert not pages.any()
+
+
+def test_what_has_no_shape_is_no_array():
+    row = np.ones((1, 8), np.float32)
+    for odd in (np.ndarray, type("Odd", (), {"shape": None})(), type("Odd", (), {"shape": (1, 8)})):
+        with pytest.raises(TypeError, match="k must"):
+            store_cache(odd, row, row.copy(), row.copy(), np.array([0]))

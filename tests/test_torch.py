@@ -99,6 +99,33 @@ def test_autograd_notices_what_was_written_over(op):
         product.backward()
 
 
+def test_a_write_that_raises_is_noticed_by_autograd_too(op):
+    case = simple_case(dtype="float32", blocks=1, block_size=4)
+    case.views["slot_mapping"][:] = range(9)
+    k_cache, v_cache, k, v, slots = tensors(case)
+    product = (torch.ones_like(k_cache, requires_grad=True) * k_cache).sum()
+    with pytest.raises(pc.InvalidSlotError):
+        op(k_cache, v_cache, k, v, slots, on_invalid="raise")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_a_nested_tensor_is_refused():
+    case = simple_case(dtype="float32")
+    five, wanted = tensors(case), expected(case)
+    nested = torch.nested.nested_tensor([torch.ones(1, 8)])
+    with pc.Descriptor.create(*five) as descriptor:
+        for _ in range(2):  # recognised, the second time
+            for call in (descriptor.calculate, pc.paged_caching):
+                call(*five)
+                for position in range(5):
+                    mixed = list(five)
+                    mixed[position] = nested
+                    with pytest.raises(TypeError, match="memory that can be read"):
+                        call(*mixed)
+    same(case, wanted)
+
+
 def test_exports(op):
     class Step(torch.nn.Module):
         def forward(self, k_cache, v_cache, k, v, slots):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pagedcache.arrays import adopt, part
 from pagedcache.interface.one_call import paged_caching
-from pagedcache.status import BadParamError, BadTensorShapeError
+from pagedcache.status import BadParamError, BadTensorDtypeError, BadTensorShapeError, shown
 
 
 def append_paged_kv_cache(
@@ -49,19 +50,32 @@ def append_paged_kv_cache(
     Raises
     ------
     BadTensorShapeError
-        `paged_kv_cache` is neither one array of five axes nor two of four.
+        `paged_kv_cache` is neither one array of five axes nor two of four, or an array of indices
+        has not one axis.
+    BadTensorDtypeError
+        Indices are no ints.
     BadParamError
         Unknown `kv_layout`, or slots that cannot be computed from the others.
     PagedCacheError
-        See `pagedcache.paged_caching`, also for streams and threads.
+        Of what is appended it speaks as k and v. See `pagedcache.paged_caching`, also for streams and threads.
     """
     if not isinstance(kv_layout, str) or kv_layout not in ("NHD", "HND"):
-        raise BadParamError("kv_layout", "must be one of NHD, HND", repr(kv_layout))
+        raise BadParamError("kv_layout", "must be one of NHD, HND", shown(kv_layout))
     k_cache, v_cache = _caches(paged_kv_cache)
     num_pages, page_size = k_cache.shape[0], k_cache.shape[2 if kv_layout == "HND" else 1]
+    tables = {
+        "batch_indices": batch_indices,
+        "positions": positions,
+        "kv_indices": kv_indices,
+        "kv_indptr": kv_indptr,
+    }
+    for name, table in tables.items():
+        _refuse_but_ints(name, table)
+    if len(batch_indices) != len(positions):
+        rule = f"must be as long as batch_indices, {len(batch_indices)}"
+        raise BadTensorShapeError("positions", rule, len(positions))
     try:
-        pages = (kv_indices, kv_indptr, num_pages, page_size)
-        slots = _slots(batch_indices, positions, *pages)
+        slots = _slots(batch_indices, positions, kv_indices, kv_indptr, num_pages, page_size)
     except Exception as error:
         rule = f"must be arrays of ints of one library ({error})"
         raise BadParamError("batch_indices, positions, kv_indices and kv_indptr", rule) from error
@@ -74,13 +88,29 @@ def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
         caches = tuple(paged_kv_cache)
         got = f"{len(caches)} arrays"
     else:
-        shape = tuple(getattr(paged_kv_cache, "shape", ()))
-        caches = (paged_kv_cache[:, 0], paged_kv_cache[:, 1]) if shape[1:2] == (2,) else ()
+        shape = _shape(paged_kv_cache)
+        name, both = "paged_kv_cache", (0, 1) if shape[1:2] == (2,) else ()
+        caches = tuple(part(name, paged_kv_cache, (slice(None), index)) for index in both)
         got = f"shape {shape}"
-    if len(caches) != 2 or any(len(getattr(cache, "shape", ())) != 4 for cache in caches):
+    if len(caches) != 2 or any(len(_shape(cache)) != 4 for cache in caches):
         rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays of 4 axes"
         raise BadTensorShapeError("paged_kv_cache", rule, got)
     return caches[0], caches[1]
+
+
+def _shape(array: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(array.shape)
+    except (AttributeError, TypeError):
+        return ()
+
+
+def _refuse_but_ints(name: str, array: Any) -> None:
+    tensor = adopt(name, array)
+    if tensor.dtype.kind not in "iu":
+        raise BadTensorDtypeError(name, "must be ints", tensor.dtype)
+    if len(tensor.shape) != 1:
+        raise BadTensorShapeError(name, "must have one axis", f"shape {tensor.shape}")
 
 
 def _slots(
@@ -92,12 +122,14 @@ def _slots(
     page_size: int,
 ) -> Any:
     # All conditions are 1 or 0, so that no index leaves its array, whatever the input.
-    used = _int64(batch_indices >= 0)
-    known = used * _int64(batch_indices < len(kv_indptr) - 1) * _int64(positions >= 0)
-    batch, position = _int64(batch_indices) * known, _int64(positions) * known
-    entry = _int64(kv_indptr[batch]) + position // page_size
-    end = _int64(kv_indptr[(batch + 1) * known])
-    inside = known * _int64(entry >= 0) * _int64(entry < end) * _int64(entry < len(kv_indices))
+    batch, position = _int64(batch_indices), _int64(positions)
+    used = _int64(batch >= 0)
+    known = used * _int64(batch < len(kv_indptr) - 1) * _int64(position >= 0)
+    batch, position = batch * known, position * known
+    start, end = _int64(kv_indptr[batch]), _int64(kv_indptr[(batch + 1) * known])
+    entry = start + position // page_size
+    inside = known * _int64(start >= 0) * _int64(entry < end) * _int64(entry < len(kv_indices))
+    inside = inside * _int64(entry >= 0)
     page = _int64(kv_indices[entry * inside]) if len(kv_indices) else inside
     inside = inside * _int64(page >= 0) * _int64(page < num_pages)
     valid = page * inside * page_size + position * inside % page_size

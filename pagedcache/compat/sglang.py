@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pagedcache.arrays import part
 from pagedcache.interface.one_call import paged_caching
 from pagedcache.status import BadParamTypeError, BadTensorShapeError
 
@@ -38,15 +39,16 @@ def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> Non
 
 def _rows(name: str, array: Any) -> Any:
     """Return ``[tokens, heads, size]``; a flat row is one head."""
-    if not hasattr(array, "shape") or not hasattr(array, "__getitem__"):
-        raise BadParamTypeError(name, "must be an array", f"{type(array).__name__}")
-    axes = len(array.shape)
-    if axes not in (2, 3):
+    try:
+        shape = tuple(array.shape)
+    except (AttributeError, TypeError):
+        raise BadParamTypeError(name, "must be an array", f"{type(array).__name__}") from None
+    if len(shape) not in (2, 3):
         rule = "must have 2 or 3 axes [rows, (num_kv_heads,) size]"
-        raise BadTensorShapeError(name, rule, f"shape {tuple(array.shape)}")
-    return array if axes == 3 else array[:, None]
+        raise BadTensorShapeError(name, rule, f"shape {shape}")
+    return array if len(shape) == 3 else part(name, array, (slice(None), None))
 
 
 def _pool(name: str, array: Any) -> Any:
     """Return ``[blocks, 1, heads, size]``: each row is a block of one slot."""
-    return _rows(name, array)[:, None]
+    return part(name, _rows(name, array), (slice(None), None))

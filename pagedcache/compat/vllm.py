@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pagedcache.interface.one_call import paged_caching
-from pagedcache.status import NotSupportedError
+from pagedcache.status import NotSupportedError, shown
 
 
 def reshape_and_cache_flash(
@@ -39,9 +39,9 @@ def reshape_and_cache_flash(
     NotSupportedError
         For another `kv_cache_dtype`.
     PagedCacheError
-        See `pagedcache.paged_caching`, also for streams and threads.
+        Of `key` and `value` it speaks as k and v. See `pagedcache.paged_caching`, also for streams and threads.
     """
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype != "auto":
         rule = "must be 'auto'; a cache of another dtype than K and V is not supported yet"
-        raise NotSupportedError("kv_cache_dtype", rule, repr(kv_cache_dtype))
+        raise NotSupportedError("kv_cache_dtype", rule, shown(kv_cache_dtype))
     paged_caching(key_cache, value_cache, key, value, slot_mapping, layout="NHD")
