@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from pagedcache.status import BadTensorDtypeError
+from pagedcache.status import BadTensorDtypeError, shown
 
 Dtype = np.dtype[Any]
 
@@ -42,4 +42,4 @@ def as_dtype(subject: str, value: object) -> Dtype:
             return np.dtype(value)  # type: ignore[call-overload, no-any-return]
     except Exception:  # NumPy has many for what is no dtype
         pass
-    raise BadTensorDtypeError(subject, "must be a dtype or its name", repr(value))
+    raise BadTensorDtypeError(subject, "must be a dtype or its name", shown(value))

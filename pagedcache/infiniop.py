@@ -31,6 +31,7 @@ from pagedcache.status import (
     NullPointerError,
     PagedCacheError,
     Status,
+    shown,
 )
 from pagedcache.tensors import TensorDescriptor
 
@@ -135,7 +136,7 @@ def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
     if not isinstance(device_type, int) or device_type not in set(InfiniDevice):
         raise DeviceTypeNotSupportedError("device_type", "must be an InfiniDevice", device_type)
     if not isinstance(device_id, int) or device_id < 0:
-        raise BadParamError("device_id", "must be an int of 0 or more", repr(device_id))
+        raise BadParamError("device_id", "must be an int of 0 or more", shown(device_id))
     device = InfiniDevice(device_type)
     kind = "cuda" if device is InfiniDevice.NVIDIA else device.name.lower()
     return Handle(f"{kind}:{device_id}")
@@ -155,9 +156,9 @@ def infiniopCreateTensorDescriptor(
     if shape is None:
         raise NullPointerError("shape", "must be given", "None")
     if not isinstance(dtype, int) or dtype not in _DTYPES:
-        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", repr(dtype))
+        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", shown(dtype))
     if not isinstance(ndim, int) or ndim < 0:
-        raise BadParamError("ndim", "must be an int of 0 or more", repr(ndim))
+        raise BadParamError("ndim", "must be an int of 0 or more", shown(ndim))
     return TensorDescriptor(
         _DTYPES[InfiniDtype(dtype)],
         _entries("shape", shape, ndim),
@@ -231,12 +232,14 @@ def _entries(name: str, values: Sequence[int], ndim: int) -> list[int]:
     try:
         return [values[axis] for axis in range(ndim)]
     except (TypeError, LookupError) as error:
-        raise BadTensorShapeError(name, f"must have ndim ({ndim}) entries", repr(values)) from error
+        raise BadTensorShapeError(
+            name, f"must have ndim ({ndim}) entries", shown(values)
+        ) from error
 
 
 def _given(name: str, value: object, kind: type[T]) -> T:
     if value is None:
         raise NullPointerError(name, "must be given", "None")
     if not isinstance(value, kind):
-        raise BadParamTypeError(name, f"must be a {kind.__name__}", repr(value))
+        raise BadParamTypeError(name, f"must be a {kind.__name__}", shown(value))
     return value

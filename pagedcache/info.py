@@ -10,6 +10,7 @@ from pagedcache.status import (
     BadTensorDtypeError,
     BadTensorShapeError,
     BadTensorStridesError,
+    shown,
 )
 from pagedcache.tensors import TensorDescriptor, overlaps_itself, view
 
@@ -152,8 +153,9 @@ class PagedCachingInfo:
         BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
             The message names the tensor, the rule and what was found.
         """
-        if not isinstance(layout, str) or str(layout) not in LAYOUTS:
-            raise BadParamError("layout", f"must be one of {', '.join(LAYOUTS)}", repr(layout))
+        if not isinstance(layout, str) or layout not in tuple(LAYOUTS):
+            raise BadParamError("layout", f"must be one of {', '.join(LAYOUTS)}", shown(layout))
+        layout = str.__str__(layout)  # of a subclass, such as a member of an enum
         tensors = {
             "k_cache": k_cache,
             "v_cache": v_cache,

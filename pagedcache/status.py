@@ -30,6 +30,7 @@ type that a Python user would expect::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -78,7 +79,18 @@ class PagedCacheError(Exception):
 
     def __str__(self) -> str:
         subject, rule, *got = self.args
-        return f"{subject} {rule}" + (f", got {got[0]}" if got else "")
+        return f"{subject} {rule}" + (f", got {shown(got[0], str)}" if got else "")
+
+
+def shown(value: object, how: Callable[[object], str] = repr) -> str:
+    """Return the `repr` of a value for a message, or its type, where that fails.
+
+    As it does for an int of thousands of digits, or an array whose memory is gone.
+    """
+    try:
+        return how(value)
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 class InternalError(PagedCacheError, RuntimeError):

@@ -15,6 +15,7 @@ from pagedcache.status import (
     BadParamTypeError,
     BadTensorShapeError,
     BadTensorStridesError,
+    shown,
 )
 
 Array = np.ndarray[Any, Any]
@@ -67,19 +68,19 @@ class TensorDescriptor:
             or math.prod(lengths) >= _FAR
         ):
             rule = f"must be ints of 0 or more, for fewer than {_FAR} elements"
-            raise BadTensorShapeError("shape", rule, repr(shape))
+            raise BadTensorShapeError("shape", rule, shown(shape))
         steps = row_major(lengths) if strides is None else _ints(strides)
         if steps is None or len(steps) != len(lengths):
             rule = f"must be {len(lengths)} ints, one for each axis of shape {lengths}"
-            raise BadTensorStridesError("strides", rule, repr(strides))
+            raise BadTensorStridesError("strides", rule, shown(strides))
         spans = (
             max(length - 1, 0) * abs(step) for length, step in zip(lengths, steps, strict=True)
         )
         if not all(-_FAR < step < _FAR for step in steps) or sum(spans) >= _FAR:
             rule = f"must be below {_FAR} and span less than that"
-            raise BadTensorStridesError("strides", rule, repr(strides))
+            raise BadTensorStridesError("strides", rule, shown(strides))
         if device is not None and not isinstance(device, str):
-            raise BadParamTypeError("device", "must be a str such as 'cuda:0'", repr(device))
+            raise BadParamTypeError("device", "must be a str such as 'cuda:0'", shown(device))
         object.__setattr__(self, "dtype", as_dtype("dtype", dtype))
         object.__setattr__(self, "shape", lengths)
         object.__setattr__(self, "strides", steps)
@@ -99,10 +100,13 @@ class Tensor(NamedTuple):
     def describe(self, subject: str) -> TensorDescriptor:
         """Return the descriptor of this tensor; its strides become elements."""
         size = self.dtype.itemsize
-        if any(step % size for step in self.strides):
-            rule = f"must have strides that are multiples of its item size ({size} bytes)"
+        axes = list(zip(self.shape, self.strides, strict=True))
+        if any(length > 1 and (step % size or abs(step) >= _FAR * size) for length, step in axes):
+            rule = f"must have strides that are multiples of its item size ({size} bytes), below "
+            rule += f"{_FAR} items"
             raise BadTensorStridesError(subject, rule, f"{self.strides} bytes")
-        steps = tuple(step // size for step in self.strides)
+        # That of an axis of one element may be anything: it is never taken.
+        steps = [step // size if length > 1 or abs(step) < _FAR else 0 for length, step in axes]
         return TensorDescriptor(self.dtype, self.shape, steps, self.device)
 
 

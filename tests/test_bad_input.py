@@ -611,3 +611,50 @@ def test_threads_that_all_need_new_descriptors():
     from pagedcache.interface import one_call
 
     assert len(one_call._descriptors) <= one_call._MOST_DESCRIPTORS
+
+
+class Unreadable:
+    """Has no repr, as an array whose memory is gone has none."""
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("odd", [10**5000, -(10**5000), Unreadable()], ids=["huge", "low", "odd"])
+def test_what_cannot_be_shown_is_named_by_its_type(odd):
+    _, arrays = good()
+    five = arrays.values()
+    with pc.Descriptor.create(*five) as descriptor:
+        for call in (
+            lambda: pc.Descriptor.create(*five, layout=odd),
+            lambda: pc.Descriptor.create(*five, on_invalid=odd),
+            lambda: pc.Descriptor.create(*five, debug=odd),
+            lambda: pc.Descriptor.create(*five, handle=odd),
+            lambda: pc.Handle(odd),
+            lambda: descriptor.explain(odd),
+            lambda: descriptor.launch_config(odd if odd != 10**5000 else -odd),
+            lambda: descriptor.calculate(*five, workspace_size=odd if odd != 10**5000 else -odd),
+        ):
+            with pytest.raises(pc.PagedCacheError) as caught:
+                call()
+            assert f"got a {type(odd).__name__}" in str(caught.value)
+
+
+def test_an_option_may_be_a_member_of_an_enum():
+    import enum
+
+    class Layout(str, enum.Enum):
+        HND = "HND"
+
+    class Skip(str, enum.Enum):
+        skip = "skip"
+
+    _, arrays = good()
+    with pc.Descriptor.create(
+        *arrays.values(), layout=Layout.HND, on_invalid=Skip.skip
+    ) as descriptor:
+        assert type(descriptor.info.layout) is str
+        descriptor.calculate(*arrays.values())
+    pretends = type("Pretends", (str,), {"__str__": lambda self: "HND"})("foo")
+    with pytest.raises(ValueError, match="layout must be one of HND, NHD"):
+        pc.Descriptor.create(*arrays.values(), layout=pretends)

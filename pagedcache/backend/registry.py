@@ -20,6 +20,7 @@ from pagedcache.status import (
     InternalError,
     MissingLibraryError,
     PagedCacheError,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ def register_backend(device_type: str, target: str) -> None:
     """
     if not isinstance(device_type, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", device_type):
         rule = "must be a lower-case name such as 'ascend'"
-        raise BadParamError("device_type", rule, repr(device_type))
+        raise BadParamError("device_type", rule, shown(device_type))
     if not isinstance(target, str) or not re.fullmatch(r"[\w.]+:\w+", target):
-        raise BadParamError("target", "must be 'package.module:Class'", repr(target))
+        raise BadParamError("target", "must be 'package.module:Class'", shown(target))
     for known in sorted(_known().get(device_type, set())):
         if known != target:
             rule = f"has backend {known} already; it cannot also be served by another"
@@ -117,7 +118,7 @@ def backend_of(device_type: str) -> Backend:
     known = _known()
     if device_type not in known:
         rule = f"must be of a type that a backend serves ({', '.join(known)})"
-        raise DeviceTypeNotSupportedError("device", rule, repr(device_type))
+        raise DeviceTypeNotSupportedError("device", rule, shown(device_type))
     target, *others = sorted(known[device_type])
     if others:
         rule = "must have one backend, but installed packages bring different ones"

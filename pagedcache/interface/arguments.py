@@ -17,6 +17,7 @@ from pagedcache.status import (
     BadTensorStridesError,
     InsufficientWorkspaceError,
     NullPointerError,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Arguments:
     def workspace(self, workspace: Any, size: int, needed: int) -> int:
         """Return the address of a workspace of at least `needed` bytes, 0 if none is."""
         if not isinstance(size, (int, np.integer)):
-            raise BadParamTypeError("workspace_size", "must be an int", repr(size))
+            raise BadParamTypeError("workspace_size", "must be an int", shown(size))
         if workspace is not None and type(workspace) is not int:
             tensor = adopt("workspace", workspace)
             if tensor.device != self._device:
@@ -145,7 +146,7 @@ class Arguments:
             rule = f"must be at least {needed} bytes"
             raise InsufficientWorkspaceError("workspace_size", rule, size)
         if not workspace and needed:
-            raise NullPointerError("workspace", "must be memory on the device", repr(workspace))
+            raise NullPointerError("workspace", "must be memory on the device", shown(workspace))
         return workspace or 0
 
 
@@ -167,7 +168,7 @@ def as_address(name: str, value: object) -> int:
     if value is None:
         return 0
     if not isinstance(value, int):
-        raise BadParamTypeError(name, "must be an address, as an int", repr(value))
+        raise BadParamTypeError(name, "must be an address, as an int", shown(value))
     return int(value)
 
 

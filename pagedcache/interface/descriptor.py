@@ -17,7 +17,7 @@ from pagedcache.interface import checks
 from pagedcache.interface.arguments import Arguments, as_address, not_null
 from pagedcache.interface.explain import SlotExplanation, as_html
 from pagedcache.interface.handle import Handle, parse_device
-from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError
+from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError, shown
 from pagedcache.tensors import TensorDescriptor
 
 if TYPE_CHECKING:
@@ -134,15 +134,15 @@ class Descriptor:
         arrays = (k_cache, v_cache, k, v, slot_mapping)
         described = [_describe(name, array) for name, array in zip(NAMES, arrays, strict=True)]
         info = PagedCachingInfo.create(*described, layout=layout)
-        if not isinstance(on_invalid, str) or str(on_invalid) not in ON_INVALID:
+        if not isinstance(on_invalid, str) or on_invalid not in ON_INVALID:
             rule = f"must be one of {', '.join(ON_INVALID)}"
-            raise BadParamError("on_invalid", rule, repr(on_invalid))
+            raise BadParamError("on_invalid", rule, shown(on_invalid))
         if debug is None:
             debug = switched_on("PAGEDCACHE_DEBUG", default=False)
         if not isinstance(debug, bool):
-            raise BadParamTypeError("debug", "must be True, False or None", repr(debug))
+            raise BadParamTypeError("debug", "must be True, False or None", shown(debug))
         if handle is not None and not isinstance(handle, Handle):
-            raise BadParamTypeError("handle", "must be a pagedcache.Handle", repr(handle))
+            raise BadParamTypeError("handle", "must be a pagedcache.Handle", shown(handle))
         place = _common_device(described)
         if handle is None:
             handle = Handle(place)
@@ -173,7 +173,7 @@ class Descriptor:
             After `destroy`.
         """
         if not isinstance(num_tokens, (int, np.integer)) or num_tokens < 0:
-            raise BadParamError("num_tokens", "must be an int of 0 or more", repr(num_tokens))
+            raise BadParamError("num_tokens", "must be an int of 0 or more", shown(num_tokens))
         return self._alive().launch_config(int(num_tokens))
 
     def check(self) -> None:
@@ -224,7 +224,7 @@ class Descriptor:
             slot, token = operator.index(slot_or_token), None
         except TypeError:
             rule = "must be an int"
-            raise BadParamTypeError("slot_or_token", rule, repr(slot_or_token)) from None
+            raise BadParamTypeError("slot_or_token", rule, shown(slot_or_token)) from None
         if slot_mapping is not None:
             try:
                 count = len(slot_mapping)
@@ -236,6 +236,8 @@ class Descriptor:
                 rule = f"must be one of the {count} tokens of slot_mapping"
                 raise BadParamError("slot_or_token", rule, slot)
             slot, token = found, slot
+        if not -(2**63) <= slot < 2**63:
+            raise BadParamError("slot_or_token", "must fit in 64 bits", shown(slot))
         return SlotExplanation.of(self.info, slot, token)
 
     def calculate(

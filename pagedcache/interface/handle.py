@@ -6,7 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from pagedcache.backend.registry import backend_of
-from pagedcache.status import BadParamError, BadParamTypeError, DestroyedError, PagedCacheError
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    DestroyedError,
+    PagedCacheError,
+    shown,
+)
 
 if TYPE_CHECKING:
     from pagedcache.backend.protocol import Device
@@ -87,8 +93,8 @@ def parse_device(subject: str, device: object) -> tuple[str, int | None]:
         Not a string, or not of that form.
     """
     if not isinstance(device, str):
-        raise BadParamTypeError(subject, "must be a str such as 'cpu' or 'cuda:0'", repr(device))
+        raise BadParamTypeError(subject, "must be a str such as 'cpu' or 'cuda:0'", shown(device))
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d{1,9}))?", device)
     if match is None:
-        raise BadParamError(subject, "must read like 'cpu' or 'cuda:0'", repr(device))
+        raise BadParamError(subject, "must read like 'cpu' or 'cuda:0'", shown(device))
     return match[1], None if match[2] is None else int(match[2])

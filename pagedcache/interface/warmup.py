@@ -10,7 +10,7 @@ from pagedcache.dtypes import Dtype, as_dtype
 from pagedcache.info import DTYPES, SLOT_DTYPES
 from pagedcache.interface.descriptor import Descriptor
 from pagedcache.interface.handle import Handle
-from pagedcache.status import BadParamTypeError
+from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
 
 
@@ -92,5 +92,5 @@ def _dtypes(name: str, values: Iterable[object]) -> list[Dtype]:
     try:
         listed = list(values)
     except TypeError:
-        raise BadParamTypeError(name, "must be an iterable of dtypes", repr(values)) from None
+        raise BadParamTypeError(name, "must be an iterable of dtypes", shown(values)) from None
     return [as_dtype(name, value) for value in listed]

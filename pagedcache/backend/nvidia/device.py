@@ -24,6 +24,7 @@ from pagedcache.status import (
     CompileError,
     DeviceArchitectureNotSupportedError,
     NotSupportedError,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class CudaDevice:
         if hasattr(stream, "__cuda_stream__"):
             return int(stream.__cuda_stream__()[1])
         rule = "must be None, a cupy or torch stream, an int or have __cuda_stream__"
-        raise BadParamTypeError("stream", rule, repr(stream))
+        raise BadParamTypeError("stream", rule, shown(stream))
 
     def captures(self) -> bool:
         """Tell whether a current stream is being captured."""
