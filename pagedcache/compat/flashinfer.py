@@ -57,7 +57,8 @@ def append_paged_kv_cache(
     BadParamError
         Unknown `kv_layout`, or slots that cannot be computed from the others.
     PagedCacheError
-        Of what is appended it speaks as k and v. See `pagedcache.paged_caching`, also for streams and threads.
+        Of what is appended it speaks as k and v. See `pagedcache.paged_caching`, also for streams
+        and threads.
     """
     if not isinstance(kv_layout, str) or kv_layout not in ("NHD", "HND"):
         raise BadParamError("kv_layout", "must be one of NHD, HND", shown(kv_layout))
@@ -71,9 +72,14 @@ def append_paged_kv_cache(
     }
     for name, table in tables.items():
         _refuse_but_ints(name, table)
-    if len(batch_indices) != len(positions):
-        rule = f"must be as long as batch_indices, {len(batch_indices)}"
-        raise BadTensorShapeError("positions", rule, len(positions))
+    for name, length in (
+        ("append_value", _shape(append_value)[:1]),
+        ("batch_indices", batch_indices.shape),
+        ("positions", positions.shape),
+    ):
+        if tuple(length) != _shape(append_key)[:1]:
+            rule = f"must be as long as append_key, {_shape(append_key)[:1]}"
+            raise BadTensorShapeError(name, rule, tuple(length))
     try:
         slots = _slots(batch_indices, positions, kv_indices, kv_indptr, num_pages, page_size)
     except Exception as error:

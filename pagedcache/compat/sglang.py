@@ -9,7 +9,16 @@ from pagedcache.interface.one_call import paged_caching
 from pagedcache.status import BadParamTypeError, BadTensorShapeError
 
 
-def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> None:
+def store_cache(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    indices: Any,
+    *,
+    row_bytes: int = 0,
+    num_split: int = 0,
+) -> None:
     """Write each token's row to the row of the pool that `indices` names.
 
     Differs where an index is bad: a negative one is skipped and one past the end is skipped too,
@@ -23,6 +32,8 @@ def store_cache(k: Any, v: Any, k_cache: Any, v_cache: Any, indices: Any) -> Non
         ``[num_rows, ...]``: the same axes behind the first.
     indices : array
         ``[num_tokens]``, int64 or int32.
+    row_bytes, num_split : int
+        Not used: the arrays say the first, and the second tunes SGLang's kernel.
 
     Raises
     ------

@@ -39,7 +39,8 @@ def reshape_and_cache_flash(
     NotSupportedError
         For another `kv_cache_dtype`.
     PagedCacheError
-        Of `key` and `value` it speaks as k and v. See `pagedcache.paged_caching`, also for streams and threads.
+        Of `key` and `value` it speaks as k and v. See `pagedcache.paged_caching`, also for streams
+        and threads.
     """
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype != "auto":
         rule = "must be 'auto'; a cache of another dtype than K and V is not supported yet"
