@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 
 from pagedcache.interface.one_call import paged_caching as _paged_caching
+from pagedcache.status import BadParamError
 
 NAME = "pagedcache::paged_caching"
 
@@ -48,8 +49,12 @@ def _write(
         torch.autograd.graph.increment_version((k_cache, v_cache))
 
 
-def _write_nothing(*_: object, **__: object) -> None:
+def _write_nothing(*tensors: torch.Tensor | str, **_: str) -> None:
     """Stand in where tensors have no memory; there is no result whose shape must be told."""
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:  # such as real caches and a slot mapping on "meta"
+        got = " and ".join(sorted(map(str, devices)))
+        raise BadParamError("k_cache, v_cache, k, v and slot_mapping", "must be on one device", got)
 
 
 torch.library.impl(NAME, ("cpu", "cuda"), _write)

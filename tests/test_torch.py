@@ -110,6 +110,18 @@ def test_a_write_that_raises_is_noticed_by_autograd_too(op):
         product.backward()
 
 
+def test_a_tensor_without_memory_among_others_is_refused(op):
+    case = simple_case(dtype="float32")
+    before = case.copy().buffers
+    for position in range(5):
+        mixed = tensors(case)
+        mixed[position] = mixed[position].to("meta")
+        with pytest.raises(ValueError, match="must be on one device, got cpu and meta"):
+            op(*mixed)
+    same(case, before)
+    assert op(*(tensor.to("meta") for tensor in tensors(case))) is None
+
+
 def test_a_nested_tensor_is_refused():
     case = simple_case(dtype="float32")
     five, wanted = tensors(case), expected(case)
