@@ -46,10 +46,14 @@ def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None 
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
     tables = _ints(tables)
+    for name, table in tables.items():
+        if table and max(table) >= num_blocks:
+            rule = f"tables must name blocks below num_blocks, {num_blocks}"
+            raise ValueError(f"{rule}, got {max(table)} of {name}")
     rows = -(-num_blocks // columns)
     ax = _axes(ax, columns, rows)
     colours = _colours(tables)
-    holders = Counter(block for table in tables.values() for block in table)
+    holders = Counter(block for table in tables.values() for block in set(table))
     owner = {block: name for name, table in tables.items() for block in table}
     for block in range(num_blocks):
         held = holders[block]
@@ -83,7 +87,7 @@ def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
     columns = max(1, *map(len, tables.values())) if tables else 1
     ax = _axes(ax, columns, len(tables))
     colours = _colours(tables)
-    holders = Counter(block for table in tables.values() for block in table)
+    holders = Counter(block for table in tables.values() for block in set(table))
     for row, (name, table) in enumerate(tables.items()):
         for column, block in enumerate(table):
             _cell(ax, column, row, str(block), SHARED if holders[block] > 1 else colours[name])
@@ -114,8 +118,13 @@ def slot_mapping(
     -------
     matplotlib.axes.Axes
     """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     tokens = [(token, int(slot)) for token, slot in enumerate(slots)]
-    valid = {slot: token for token, slot in tokens if 0 <= slot < num_blocks * block_size}
+    valid: dict[int, list[str]] = {}
+    for token, slot in tokens:
+        if 0 <= slot < num_blocks * block_size:
+            valid.setdefault(slot, []).append(f"t{token}")
     blocks = sorted({slot // block_size for slot in valid})
     outside = {
         "padding": [token for token, slot in tokens if slot < 0],
@@ -127,9 +136,8 @@ def slot_mapping(
     ax = _axes(ax, columns, len(labels))
     for row, block in enumerate(blocks):
         for offset in range(block_size):
-            writer = valid.get(block * block_size + offset)
-            text = "" if writer is None else f"t{writer}"
-            _cell(ax, offset, row, text, FREE if writer is None else WRITTEN)
+            writers = valid.get(block * block_size + offset, [])
+            _cell(ax, offset, row, " ".join(writers), WRITTEN if writers else FREE)
     for row, (kind, found) in enumerate(outside.items(), len(blocks)):
         for column, token in enumerate(found):
             if kind == "padding":

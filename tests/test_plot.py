@@ -147,3 +147,17 @@ def test_padding_in_tables_is_no_block():
     assert ax.get_title() == "2 of 4 blocks in use"
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
         plot.pool(tables, 4, columns=0)
+    with pytest.raises(ValueError, match="blocks below num_blocks, 3, got 3 of A"):
+        plot.pool(tables, 3)
+
+
+def test_a_block_twice_in_one_table_is_not_shared():
+    ax = plot.pool({"A": [2, 2], "B": [1]}, 4)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "B", "free"]
+
+
+def test_two_tokens_of_one_slot_are_both_drawn():
+    ax = plot.slot_mapping([1, 0, 1], 2, 1)
+    assert [text.get_text() for text in ax.texts] == ["t1", "t0 t2"]
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        plot.slot_mapping([1], 0, 1)
