@@ -27,6 +27,7 @@ from pagedcache.status import (
     BadParamTypeError,
     BadTensorDtypeError,
     BadTensorShapeError,
+    BadTensorStridesError,
     DeviceTypeNotSupportedError,
     NullPointerError,
     PagedCacheError,
@@ -161,8 +162,8 @@ def infiniopCreateTensorDescriptor(
         raise BadParamError("ndim", "must be an int of 0 or more", shown(ndim))
     return TensorDescriptor(
         _DTYPES[InfiniDtype(dtype)],
-        _entries("shape", shape, ndim),
-        None if strides is None else _entries("strides", strides, ndim),
+        _entries(BadTensorShapeError, "shape", shape, ndim),
+        None if strides is None else _entries(BadTensorStridesError, "strides", strides, ndim),
     )
 
 
@@ -227,14 +228,12 @@ def infiniopDestroyPagedCachingDescriptor(desc: Descriptor | None) -> None:
     _given("desc", desc, Descriptor).destroy()
 
 
-def _entries(name: str, values: Sequence[int], ndim: int) -> list[int]:
+def _entries(kind: type[PagedCacheError], name: str, values: Sequence[int], ndim: int) -> list[int]:
     """Return the first `ndim` entries; C arrays may be longer."""
     try:
         return [values[axis] for axis in range(ndim)]
     except (TypeError, LookupError) as error:
-        raise BadTensorShapeError(
-            name, f"must have ndim ({ndim}) entries", shown(values)
-        ) from error
+        raise kind(name, f"must have ndim ({ndim}) entries", shown(values)) from error
 
 
 def _given(name: str, value: object, kind: type[T]) -> T:

@@ -107,7 +107,10 @@ class Tensor(NamedTuple):
             raise BadTensorStridesError(subject, rule, f"{self.strides} bytes")
         # That of an axis of one element may be anything: it is never taken.
         steps = [step // size if length > 1 or abs(step) < _FAR else 0 for length, step in axes]
-        return TensorDescriptor(self.dtype, self.shape, steps, self.device)
+        try:
+            return TensorDescriptor(self.dtype, self.shape, steps, self.device)
+        except (BadTensorShapeError, BadTensorStridesError) as error:
+            raise type(error)(f"{error.subject} of {subject}", *error.args[1:]) from None
 
 
 def view(address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:

@@ -44,6 +44,16 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out == "--plot needs matplotlib: pip install 'pagedcache[bench]'\n"
 
 
+def test_files_that_cannot_be_written_are_refused_before(capsys, tmp_path):
+    for option, words in (
+        (["--json", str(tmp_path)], "is a folder"),
+        (["--plot", "a.xyz"], ".png"),
+    ):
+        with pytest.raises(SystemExit):
+            run("--device", "cpu", *option)
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_on_the_gpu(capsys, tmp_path):
     numbers = tmp_path / "numbers.json"

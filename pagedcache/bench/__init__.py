@@ -28,6 +28,7 @@ CPU_TOKENS = (64, 1024, 4096, 16384)
 MEMCPY = "memcpy"
 GPU_SLOTS = 262_144
 HOST_TOKENS = 64
+PICTURES = (".png", ".svg", ".pdf")
 HOST_ROUNDS = 21
 
 
@@ -56,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--plot", type=_file, metavar="FILE", help="draw rate against tokens there")
+    parser.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="draw rate against tokens there"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -318,6 +321,15 @@ def _file(text: str) -> Path:
     file = Path(text)
     if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{file.parent} is not a folder")
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{file} is a folder")
+    return file
+
+
+def _picture(text: str) -> Path:
+    file = _file(text)
+    if file.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text}")
     return file
 
 
