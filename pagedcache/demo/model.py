@@ -101,11 +101,23 @@ class ModelFile:
         return np.asarray(dequantize(data, tensor.tensor_type), np.float32)
 
     def k_and_v(self, tokens: list[int]) -> tuple[Floats, Floats]:
-        """Return K and V of a text's tokens, ``[tokens, num_kv_heads, head_size]``, float32."""
-        x = self.tensor("token_embd.weight", tokens)
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(self._epsilon)) * self._norm
+        """Return K and V of a text's tokens, ``[tokens, num_kv_heads, head_size]``, float32.
+
+        Each depends on the token and its position alone, to the bit.
+        """
+        projected = {token: self._projected(token) for token in set(tokens)}
         shape = (len(tokens), self.num_kv_heads, self.head_size)
-        return self._rotated((x @ self._k.T).reshape(shape)), (x @ self._v.T).reshape(shape)
+        k, v = (np.array([projected[token][i] for token in tokens]).reshape(shape) for i in (0, 1))
+        return self._rotated(k), v
+
+    def _projected(self, token: int) -> tuple[Floats, Floats]:
+        """Return K, before its rotation, and V of one token."""
+        x = self.tensor("token_embd.weight", [token])[0]
+        x = x / np.sqrt((x * x).mean() + np.float32(self._epsilon)) * self._norm
+        # Not a matrix product: BLAS adds in an order that depends on the processor, the threads
+        # and the number of rows. The same token would have one K in a long prompt and another in
+        # a short one, and a block that one sequence wrote would not be right for the next.
+        return (self._k * x).sum(-1), (self._v * x).sum(-1)
 
     def _rotated(self, k: Floats) -> Floats:
         """Apply the rotary embedding (Su et al. 2021) on interleaved pairs, the order of GGUF."""
