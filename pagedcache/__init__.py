@@ -1,36 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
 """pagedcache: the paged KV-cache write, compiled on first use, on NumPy and CuPy arrays.
 
 In dependency order, each importing only what stands above it:
 
-- `status`, `dtypes`, `tensors`: error codes, data types, and what a tensor is
-- `arrays`: how an object of any array library becomes an address
-- `info`: every rule that the five tensors must obey, and the sizes and strides that follow
-- `backend`: one folder for each type of device, found through its `registry`
-- `interface`: what callers hold: handle and descriptor
-- `infiniop`: the same operator behind InfiniCore's C functions
-- `compat`: the same behind the Python functions of vLLM, SGLang and FlashInfer
-- `torch`: the same as an operator for ``torch.compile``; imported only when asked for
+- `status`, `dtypes`, `tensors`: errors, data types, and what a tensor is
+- `locks`, `environment`, `display`: small helpers
+- `arrays`: which array library?
+- `backend`: which device?
+- `cache`: what a paged cache is
+- `operators`: which operator? `base` and its neighbours are for any; `paged_caching` is the write
+- `infiniop`: the same operator as the C functions of InfiniCore
+- `compat`: the same as the Python functions of vLLM, SGLang and FlashInfer
+- `torch`: the same as an operator for ``torch.compile``; imported only by name
 - `demo`, `bench`, `__main__`: the command line
-- `plot`: pictures; needs matplotlib, so it is imported by name only
+- `plot`: pictures, for which matplotlib is needed; imported only by name
 
 The kernels are CUDA source in ``cuda_src``. Importing this package imports neither CuPy nor CUDA.
 """
 
 from pagedcache import infiniop, status
+from pagedcache.backend.handle import Handle
 from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
-from pagedcache.info import PagedCachingInfo
-from pagedcache.interface.descriptor import Descriptor
-from pagedcache.interface.explain import SlotExplanation
-from pagedcache.interface.handle import Handle
-from pagedcache.interface.one_call import paged_caching
-from pagedcache.interface.warmup import WarmedUp, warmup
+from pagedcache.operators.paged_caching.descriptor import Descriptor
+from pagedcache.operators.paged_caching.explain import SlotExplanation
+from pagedcache.operators.paged_caching.info import PagedCachingInfo
+from pagedcache.operators.paged_caching.one_call import paged_caching
+from pagedcache.operators.paged_caching.warmup import WarmedUp, warmup
 from pagedcache.status import (
     CacheOverlapError,
     DuplicateSlotError,
     InvalidSlotError,
     NonFiniteError,
     PagedCacheError,
+    RequiresGradError,
     SourceOverlapError,
     Status,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "NonFiniteError",
     "PagedCacheError",
     "PagedCachingInfo",
+    "RequiresGradError",
     "SlotExplanation",
     "SourceOverlapError",
     "Status",

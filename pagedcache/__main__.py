@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pagedcache import Handle, PagedCacheError, __version__, backends, bench, demo
 from pagedcache.backend.nvidia import source
-from pagedcache.info import DTYPES, SLOT_DTYPES
-from pagedcache.interface.warmup import warming_up
+from pagedcache.operators.paged_caching.info import DTYPES, SLOT_DTYPES
+from pagedcache.operators.paged_caching.warmup import warming_up
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""Data types: NumPy's, with ml_dtypes for the ones that NumPy lacks."""
+# SPDX-License-Identifier: Apache-2.0
+"""Data types: those of NumPy, plus those of ml_dtypes that NumPy lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ I64: Dtype = np.dtype(np.int64)
 
 
 def as_dtype(subject: str, value: object) -> Dtype:
-    """Return the NumPy dtype that `value` names.
+    """Return `value` as a NumPy dtype.
 
     Parameters
     ----------
@@ -35,11 +36,17 @@ def as_dtype(subject: str, value: object) -> Dtype:
     Raises
     ------
     BadTensorDtypeError
-        If `value` names no dtype. ``None`` names none (NumPy would read it as float64).
+        `value` is not a dtype. ``None`` is not one either, although NumPy reads it as float64.
     """
     try:
         if value is not None:
             return np.dtype(value)  # type: ignore[call-overload, no-any-return]
-    except Exception:  # NumPy has many for what is no dtype
+    except Exception:  # NumPy raises errors of many types here
         pass
-    raise BadTensorDtypeError(subject, "must be a dtype or its name", shown(value))
+    raise BadTensorDtypeError(subject, "must be a dtype or the name of one", shown(value))
+
+
+def names(dtypes: tuple[Dtype, ...]) -> str:
+    """Return dtypes as in ``"float16, bfloat16 or float32"``."""
+    *first, last = map(str, dtypes)
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Environment variables that switch something on or off."""
 
 from __future__ import annotations
@@ -8,12 +9,12 @@ from pagedcache.status import BadParamError
 
 
 def switched_on(name: str, *, default: bool) -> bool:
-    """Tell whether an environment variable is 1, or `default` where it is unset or empty.
+    """Return whether an environment variable is 1; `default` if it is unset or empty.
 
     Raises
     ------
     BadParamError
-        It is neither 0 nor 1.
+        The variable is neither 0 nor 1.
     """
     value = os.environ.get(name) or str(int(default))
     if value not in ("0", "1"):

@@ -1,10 +1,12 @@
-"""The operator behind the C functions of InfiniCore's ``infiniop``, name for name.
+# SPDX-License-Identifier: Apache-2.0
+"""The operator as the C functions of InfiniCore's ``infiniop``, name for name.
 
-A thin skin, so that code written against that library can drive this one. No function raises: each
-returns a `Status`, or ``(Status, value)`` where C has an out pointer, the value being ``None``
-unless the status is ``SUCCESS``. Addresses are ints and are trusted, as in C; 0 and ``None`` are
-NULL. Tensors are in the logical order HND, as there. The number of tokens of a call is that of the
-descriptors. A NULL stream is CUDA's default stream, not CuPy's current one.
+The names, numbers and semantics of this interface are InfiniCore's
+(github.com/InfiniTensor/InfiniCore), so that code written against it can drive this package.
+No function raises: each returns a `Status`, or ``(Status, value)`` where C has an out pointer, and
+then the value is ``None`` unless the status is ``SUCCESS``. Addresses are ints and are trusted, as
+in C; 0 and ``None`` are NULL. Tensors are in the logical order HND. The number of tokens in a call
+is that of the descriptors. A NULL stream is CUDA's default stream, not CuPy's current one.
 
 `infiniopPagedCaching` is asynchronous on a GPU: it returns once the write is queued on the stream.
 All functions may be called from any thread.
@@ -20,8 +22,8 @@ from typing import Any, ParamSpec, TypeVar
 import ml_dtypes
 import numpy as np
 
-from pagedcache.interface.descriptor import Descriptor
-from pagedcache.interface.handle import Handle
+from pagedcache.backend.handle import Handle
+from pagedcache.operators.paged_caching.descriptor import Descriptor
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
@@ -133,11 +135,11 @@ def _status_and_value(function: Callable[P, T]) -> Callable[P, tuple[Status, T |
 
 @_status_and_value
 def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
-    """Open device `device_id` of an `InfiniDevice` type."""
+    """Open device `device_id` of type `device_type`, an `InfiniDevice`."""
     if not isinstance(device_type, int) or device_type not in set(InfiniDevice):
         raise DeviceTypeNotSupportedError("device_type", "must be an InfiniDevice", device_type)
     if not isinstance(device_id, int) or device_id < 0:
-        raise BadParamError("device_id", "must be an int of 0 or more", shown(device_id))
+        raise BadParamError("device_id", "must be a non-negative int", shown(device_id))
     device = InfiniDevice(device_type)
     kind = "cuda" if device is InfiniDevice.NVIDIA else device.name.lower()
     return Handle(f"{kind}:{device_id}")
@@ -145,7 +147,7 @@ def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
 
 @_status
 def infiniopDestroyHandle(handle: Handle | None) -> None:
-    """Let go of a handle; descriptors made with it keep working."""
+    """Release a handle; descriptors that were created with it keep working."""
     _given("handle", handle, Handle).destroy()
 
 
@@ -155,11 +157,11 @@ def infiniopCreateTensorDescriptor(
 ) -> TensorDescriptor:
     """Describe a tensor; strides are in elements, ``None`` for contiguous."""
     if shape is None:
-        raise NullPointerError("shape", "must be given", "None")
+        raise NullPointerError("shape", "is required", "None")
     if not isinstance(dtype, int) or dtype not in _DTYPES:
-        raise BadTensorDtypeError("dtype", "must be an InfiniDtype that has values", shown(dtype))
+        raise BadTensorDtypeError("dtype", "must be an InfiniDtype with values", shown(dtype))
     if not isinstance(ndim, int) or ndim < 0:
-        raise BadParamError("ndim", "must be an int of 0 or more", shown(ndim))
+        raise BadParamError("ndim", "must be a non-negative int", shown(ndim))
     return TensorDescriptor(
         _DTYPES[InfiniDtype(dtype)],
         _entries(BadTensorShapeError, "shape", shape, ndim),
@@ -169,7 +171,7 @@ def infiniopCreateTensorDescriptor(
 
 @_status
 def infiniopDestroyTensorDescriptor(desc: TensorDescriptor | None) -> None:
-    """Let go of a tensor descriptor, which holds nothing."""
+    """Release a tensor descriptor, which holds nothing."""
     _given("desc", desc, TensorDescriptor)
 
 
@@ -189,6 +191,7 @@ def infiniopCreatePagedCachingDescriptor(
         _given("k_desc", k_desc, TensorDescriptor),
         _given("v_desc", v_desc, TensorDescriptor),
         _given("slot_mapping_desc", slot_mapping_desc, TensorDescriptor),
+        layout="HND",
         handle=_given("handle", handle, Handle),
     )
 
@@ -224,7 +227,7 @@ def infiniopPagedCaching(
 
 @_status
 def infiniopDestroyPagedCachingDescriptor(desc: Descriptor | None) -> None:
-    """Let go of a descriptor; its use after this is ``BAD_PARAM``."""
+    """Release a descriptor; using it after this is ``BAD_PARAM``."""
     _given("desc", desc, Descriptor).destroy()
 
 
@@ -233,12 +236,12 @@ def _entries(kind: type[PagedCacheError], name: str, values: Sequence[int], ndim
     try:
         return [values[axis] for axis in range(ndim)]
     except (TypeError, LookupError) as error:
-        raise kind(name, f"must have ndim ({ndim}) entries", shown(values)) from error
+        raise kind(name, f"must have {ndim} entries, as ndim says", shown(values)) from error
 
 
 def _given(name: str, value: object, kind: type[T]) -> T:
     if value is None:
-        raise NullPointerError(name, "must be given", "None")
+        raise NullPointerError(name, "is required", "None")
     if not isinstance(value, kind):
         raise BadParamTypeError(name, f"must be a {kind.__name__}", shown(value))
     return value

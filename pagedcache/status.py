@@ -1,7 +1,8 @@
-"""Status codes and the exceptions that carry them.
+# SPDX-License-Identifier: Apache-2.0
+"""Status codes, and the exceptions that carry them.
 
 Every error that this package raises is a `PagedCacheError` with a `status`, and also the built-in
-type that a Python user would expect::
+exception that a Python user would expect::
 
     PagedCacheError
     |-- InternalError (RuntimeError)                        INTERNAL_ERROR
@@ -11,6 +12,7 @@ type that a Python user would expect::
     |-- BadParamError (ValueError)                          BAD_PARAM
     |   |-- BadParamTypeError (TypeError)                   BAD_PARAM
     |   |-- DestroyedError (RuntimeError)                   BAD_PARAM
+    |   |-- RequiresGradError (RuntimeError)                BAD_PARAM
     |   |-- InvalidSlotError (IndexError)                   BAD_PARAM
     |   |-- DuplicateSlotError                              BAD_PARAM
     |   |-- NonFiniteError                                  BAD_PARAM
@@ -36,7 +38,7 @@ from typing import Any
 
 
 class Status(IntEnum):
-    """Result codes, with the numbers of InfiniCore's ``infiniStatus_t``."""
+    """Result codes, with the names and numbers of InfiniCore's ``infiniStatus_t``."""
 
     SUCCESS = 0
     INTERNAL_ERROR = 1
@@ -54,16 +56,16 @@ class Status(IntEnum):
 
 
 class PagedCacheError(Exception):
-    """Base of every error of this package.
+    """Base class of every error that this package raises.
 
     Parameters
     ----------
     subject : str
-        The argument (or the device, backend or step) that the error is about.
+        What the error is about: an argument, a device, a backend or a step.
     rule : str
         What it must be, or what went wrong.
     got : object, optional
-        What was found instead.
+        What it was instead.
 
     Attributes
     ----------
@@ -83,9 +85,9 @@ class PagedCacheError(Exception):
 
 
 def shown(value: object, how: Callable[[object], str] = repr) -> str:
-    """Return the `repr` of a value for a message, or its type, where that fails.
+    """Return the `repr` of a value for a message, or the name of its type if `repr` fails.
 
-    As it does for an int of thousands of digits, or an array whose memory is gone.
+    It fails for an int of thousands of digits, and for an array whose memory is gone.
     """
     try:
         return how(value)
@@ -94,89 +96,98 @@ def shown(value: object, how: Callable[[object], str] = repr) -> str:
 
 
 class InternalError(PagedCacheError, RuntimeError):
-    """Something failed that no argument explains."""
+    """Something failed for a reason that no argument explains."""
 
 
 class CompileError(InternalError):
-    """A kernel did not compile; the message holds the compiler's log."""
+    """A kernel did not compile. The message contains the compiler's log."""
 
 
 class LaunchError(InternalError):
-    """The driver refused a launch."""
+    """The driver refused a launch, or work that was queued earlier failed."""
 
 
 class NotSupportedError(PagedCacheError, NotImplementedError):
-    """The backend does not have this operator."""
+    """The backend does not support this."""
 
     status = Status.NOT_IMPLEMENTED
 
 
 class BadParamError(PagedCacheError, ValueError):
-    """An argument has a value that it must not have."""
+    """An argument has a value that is not allowed."""
 
     status = Status.BAD_PARAM
 
 
 class BadParamTypeError(BadParamError, TypeError):
-    """An argument is of a type that cannot serve."""
+    """An argument has a type that is not allowed."""
 
 
 class DestroyedError(BadParamError, RuntimeError):
     """A handle or descriptor was used after ``destroy``."""
 
 
+class RequiresGradError(BadParamError, RuntimeError):
+    """A PyTorch tensor that requires grad would be written in place."""
+
+
 class InvalidSlotError(BadParamError, IndexError):
-    """Slots at or past the end of the cache; the valid tokens have been written.
+    """Some slots are outside the cache. The tokens with valid slots have been written.
 
     Attributes
     ----------
     token : int
-        The lowest token whose slot is invalid.
+        The first token whose slot is invalid.
     slot : int
         Its slot.
     count : int
-        How many tokens have an invalid slot.
+        The number of tokens with an invalid slot.
     capacity : int
-        Number of slots of the cache.
+        The number of slots in the cache.
     """
 
-    def __init__(self, token: int, slot: int, count: int, capacity: int) -> None:
-        rule = (
-            f"must have slots below the capacity of the cache, {capacity}, or negative ones for "
-            f"padding; {count} of its tokens {'has' if count == 1 else 'have'} not, the first is "
-            f"token {token}"
-        )
-        super().__init__("slot_mapping", rule, f"slot {slot}")
+    def __init__(
+        self, token: int, slot: int, count: int, capacity: int, where: str = "in this call"
+    ) -> None:
+        super().__init__("slot_mapping", "")
         self.token, self.slot, self.count, self.capacity = token, slot, count, capacity
+        self._where = where
+
+    def __str__(self) -> str:
+        slots = "slot" if self.count == 1 else "slots"
+        return (
+            f"slot_mapping[{self.token}] = {self.slot} is outside the cache, which has "
+            f"{self.capacity} slots ({self.count} invalid {slots} {self._where})"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.token, self.slot, self.count, self.capacity)
+        return type(self), (self.token, self.slot, self.count, self.capacity, self._where)
 
 
 class DuplicateSlotError(BadParamError):
-    """Two tokens of one call have the same slot, so which of them stays is not defined."""
+    """Two tokens in one call have the same slot, so either of them may end up there."""
 
 
 class NonFiniteError(BadParamError):
-    """K or V holds a NaN or an infinity."""
+    """K or V contains a NaN or an infinity."""
 
 
 class CacheOverlapError(BadParamError):
-    """The K cache and the V cache share memory."""
+    """Two arrays that are written, such as the K cache and the V cache, share memory."""
 
 
 class SourceOverlapError(BadParamError):
-    """K, V or the slot mapping shares memory with a cache."""
+    """An array that is read shares memory with one that is written."""
 
 
 class NullPointerError(PagedCacheError, TypeError, ValueError):
-    """``None`` or address 0 where there must be data."""
+    """An argument that must have data is ``None`` or has address 0."""
 
     status = Status.NULL_POINTER
 
 
 class DeviceTypeNotSupportedError(PagedCacheError, ValueError):
-    """No backend is registered for this type of device."""
+    """No backend is registered for this device type."""
 
     status = Status.DEVICE_TYPE_NOT_SUPPORTED
 
@@ -188,7 +199,7 @@ class DeviceNotFoundError(PagedCacheError, RuntimeError, ValueError):
 
 
 class DeviceNotInitializedError(PagedCacheError, RuntimeError):
-    """The backend cannot reach its device on this machine."""
+    """The backend cannot be used on this machine or in this process."""
 
     status = Status.DEVICE_NOT_INITIALIZED
 
@@ -198,7 +209,7 @@ class MissingLibraryError(DeviceNotInitializedError, ImportError):
 
 
 class DeviceArchitectureNotSupportedError(PagedCacheError, RuntimeError):
-    """The device is below what the kernels need."""
+    """The device is older or smaller than the kernels require."""
 
     status = Status.DEVICE_ARCHITECTURE_NOT_SUPPORTED
 
@@ -210,18 +221,18 @@ class BadTensorDtypeError(PagedCacheError, TypeError):
 
 
 class BadTensorShapeError(PagedCacheError, ValueError):
-    """A tensor has the wrong rank or shape."""
+    """A tensor has the wrong number of axes or the wrong shape."""
 
     status = Status.BAD_TENSOR_SHAPE
 
 
 class BadTensorStridesError(PagedCacheError, ValueError):
-    """A tensor has strides that the operator cannot follow."""
+    """A tensor has strides that the operator does not support."""
 
     status = Status.BAD_TENSOR_STRIDES
 
 
 class InsufficientWorkspaceError(PagedCacheError, ValueError):
-    """The workspace is smaller than the descriptor asks for."""
+    """The workspace is smaller than the descriptor requires."""
 
     status = Status.INSUFFICIENT_WORKSPACE

@@ -1,4 +1,5 @@
-"""Tensors without an array library: what one looks like, where it is, whether two share memory."""
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors as plain numbers: what they look like, where they are, whether two share memory."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from pagedcache.status import (
 
 Array = np.ndarray[Any, Any]
 
-_FAR = 2**48  # elements; with less than this no offset in bytes leaves 64 bits
-_MOST_WORK = 10_000  # of NumPy's exact search for a shared byte: some milliseconds
+_LIMIT = 2**48  # elements; below this, every offset in bytes fits in 64 bits
+_MAX_WORK = 10_000  # steps of NumPy's exact search for a shared byte: a few milliseconds
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -35,18 +36,19 @@ class TensorDescriptor:
     shape : sequence of int
         Length of each axis.
     strides : sequence of int, optional
-        Step of each axis in elements, not bytes. Row-major if not given.
+        Step of each axis in elements, not bytes. The default is row-major order.
     device : str, optional
-        Where the data will be: ``"cpu"``, ``"cuda:0"``. Not given: wherever the handle is.
+        Where the data will be, such as ``"cpu"`` or ``"cuda:0"``. By default, the device of the
+        handle.
 
     Raises
     ------
     BadTensorDtypeError
-        `dtype` names no dtype.
+        `dtype` is not a dtype.
     BadTensorShapeError
-        `shape` is not a sequence of ints that are 0 or more.
+        `shape` is not a sequence of non-negative ints.
     BadTensorStridesError
-        `strides` is not one int for each axis.
+        `strides` does not have one int for each axis.
     """
 
     dtype: Dtype
@@ -64,10 +66,10 @@ class TensorDescriptor:
         lengths = _ints(shape)
         if (
             lengths is None
-            or not all(0 <= length < _FAR for length in lengths)
-            or math.prod(lengths) >= _FAR
+            or not all(0 <= length < _LIMIT for length in lengths)
+            or math.prod(lengths) >= _LIMIT
         ):
-            rule = f"must be ints of 0 or more, for fewer than {_FAR} elements"
+            rule = f"must be a sequence of non-negative ints for fewer than {_LIMIT} elements"
             raise BadTensorShapeError("shape", rule, shown(shape))
         steps = row_major(lengths) if strides is None else _ints(strides)
         if steps is None or len(steps) != len(lengths):
@@ -76,11 +78,12 @@ class TensorDescriptor:
         spans = (
             max(length - 1, 0) * abs(step) for length, step in zip(lengths, steps, strict=True)
         )
-        if not all(-_FAR < step < _FAR for step in steps) or sum(spans) >= _FAR:
-            rule = f"must be below {_FAR} and span less than that"
+        if not all(-_LIMIT < step < _LIMIT for step in steps) or sum(spans) >= _LIMIT:
+            rule = f"must span fewer than {_LIMIT} elements"
             raise BadTensorStridesError("strides", rule, shown(strides))
         if device is not None and not isinstance(device, str):
-            raise BadParamTypeError("device", "must be a str such as 'cuda:0'", shown(device))
+            rule = "must be a string such as 'cuda:0'"
+            raise BadParamTypeError("device", rule, shown(device))
         object.__setattr__(self, "dtype", as_dtype("dtype", dtype))
         object.__setattr__(self, "shape", lengths)
         object.__setattr__(self, "strides", steps)
@@ -88,50 +91,79 @@ class TensorDescriptor:
 
 
 class Tensor(NamedTuple):
-    """An array of any library, as the backends see it."""
+    """An array of any library, as operators and backends see it."""
 
     address: int
     dtype: Dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]  # bytes, as every array library has them
+    strides: tuple[int, ...]  # bytes, as array libraries have them
     device: str
     writable: bool
 
     def describe(self, subject: str) -> TensorDescriptor:
-        """Return the descriptor of this tensor; its strides become elements."""
+        """Return the descriptor of this tensor, with strides in elements."""
         size = self.dtype.itemsize
         axes = list(zip(self.shape, self.strides, strict=True))
-        if any(length > 1 and (step % size or abs(step) >= _FAR * size) for length, step in axes):
-            rule = f"must have strides that are multiples of its item size ({size} bytes), below "
-            rule += f"{_FAR} items"
+        if any(length > 1 and (step % size or abs(step) >= _LIMIT * size) for length, step in axes):
+            rule = f"must have strides that are multiples of its item size, {size} bytes"
             raise BadTensorStridesError(subject, rule, f"{self.strides} bytes")
-        # That of an axis of one element may be anything: it is never taken.
-        steps = [step // size if length > 1 or abs(step) < _FAR else 0 for length, step in axes]
+        # The stride of an axis of length 1 is never used, so it may be anything.
+        steps = [step // size if length > 1 or abs(step) < _LIMIT else 0 for length, step in axes]
         try:
             return TensorDescriptor(self.dtype, self.shape, steps, self.device)
         except (BadTensorShapeError, BadTensorStridesError) as error:
-            raise type(error)(f"{error.subject} of {subject}", *error.args[1:]) from None
+            raise type(error)(f"the {error.subject} of {subject}", *error.args[1:]) from None
+
+
+class Expected(NamedTuple):
+    """What one array of an operator must look like at each call."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes; of an axis of length 1, any
+    free: bool  # whether the first axis may have any length
+    written: bool
+
+    def with_rows(self, count: int) -> Expected:
+        """Return the same with a length of `count` for the first axis if that is free."""
+        return self._replace(shape=(count, *self.shape[1:])) if self.free else self
+
+    def strides_like(self, strides: tuple[int, ...]) -> tuple[int, ...]:
+        """Return strides in bytes of an array that looks like this, for however many rows."""
+        return (self.strides[0], *strides[1:]) if self.free else strides
+
+    def at(self, address: int) -> Array:
+        """Return the memory at an address as an array of ints as wide as the elements."""
+        bits = np.dtype(f"i{self.dtype.itemsize}")
+        return view(address, bits, self.shape, self.strides)
 
 
 def view(address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
     """Return the memory at `address` as an array; strides are in bytes.
 
-    Nothing is read, so the memory may also be one that only another device can.
+    Nothing is read, so the memory may also belong to another device.
     """
     return np.asarray(_Memory(address, dtype, shape, strides))
 
 
+def span(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:
+    """Return the bytes from the first element to the end of the last; strides are not negative."""
+    steps = zip(shape, strides, strict=True)
+    return itemsize + sum((length - 1) * step for length, step in steps)
+
+
 def overlap(one: Array, other: Array) -> bool:
-    """Tell whether two views share a byte. Views too intricate to tell count as if they did."""
+    """Return whether two views share a byte; ``True`` also if that takes too long to find out."""
     try:
-        return np.shares_memory(one, other, max_work=_MOST_WORK)  # type: ignore[arg-type]
+        return np.shares_memory(one, other, max_work=_MAX_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
 def overlaps_itself(array: Array) -> bool:
-    """Tell whether two elements of a view share a byte, with the same caution."""
-    # Two elements differ first on some axis: there, one is at 0 and the other at 1 or more.
+    """Return whether two elements of a view share a byte, with the same caution."""
+    # Two different elements differ first on some axis: there, one is at 0, the other at 1 or more.
     for axis in range(array.ndim):
         rest = array[(0,) * axis]
         if overlap(rest[:1], rest[1:]):
@@ -139,8 +171,13 @@ def overlaps_itself(array: Array) -> bool:
     return False
 
 
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a contiguous tensor of this shape."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
 class _Memory:
-    """Memory that somebody else owns, in the form that NumPy reads without a copy."""
+    """Memory owned by somebody else, in the form that NumPy reads without a copy."""
 
     def __init__(
         self, address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]
@@ -154,13 +191,8 @@ class _Memory:
         }
 
 
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides, in elements, of a contiguous tensor of this shape."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
 def _ints(values: Sequence[int]) -> tuple[int, ...] | None:
     try:
         return tuple(operator.index(value) for value in values)
-    except Exception:  # of whatever it is that was given
+    except Exception:  # raised by whatever was given
         return None

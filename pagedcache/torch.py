@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator for PyTorch's compiler: ``torch.ops.pagedcache.paged_caching``.
 
-Eager code needs none of this, since `pagedcache.paged_caching` takes tensors as they are. Importing
-this module registers the operator with what ``torch.compile`` and ``torch.export`` must know: that
-it writes to both caches and returns nothing. Imported only when asked for; needs PyTorch 2.4.
+Eager code does not need this, since `pagedcache.paged_caching` takes tensors as they are. Importing
+this module registers the operator with what ``torch.compile`` and ``torch.export`` need to know:
+that it writes both caches and returns nothing. Not imported by `pagedcache`; needs PyTorch 2.4.
 
 Examples
 --------
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import torch
 
-from pagedcache.interface.one_call import paged_caching as _paged_caching
+from pagedcache.operators.paged_caching.one_call import paged_caching as _paged_caching
 from pagedcache.status import BadParamError
 
 NAME = "pagedcache::paged_caching"
@@ -29,7 +30,7 @@ NAME = "pagedcache::paged_caching"
 torch.library.define(
     NAME,
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping, "
-    "str layout='HND', str on_invalid='skip') -> ()",
+    "str? layout=None, str on_invalid='skip') -> ()",
 )
 
 
@@ -39,18 +40,14 @@ def _write(
     k: torch.Tensor,
     v: torch.Tensor,
     slot_mapping: torch.Tensor,
-    layout: str = "HND",
+    layout: str | None = None,
     on_invalid: str = "skip",
 ) -> None:
-    try:
-        _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
-    finally:
-        # Or autograd would not notice that what it kept was written over, if only in part.
-        torch.autograd.graph.increment_version((k_cache, v_cache))
+    _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
 
 
-def _write_nothing(*tensors: torch.Tensor | str, **_: str) -> None:
-    """Stand in where tensors have no memory; there is no result whose shape must be told."""
+def _write_nothing(*tensors: torch.Tensor | str | None, **_: str | None) -> None:
+    """Stand in for tensors without memory. There is no result whose shape would be needed."""
     devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
     if len(devices) > 1:  # such as real caches and a slot mapping on "meta"
         got = " and ".join(sorted(map(str, devices)))
@@ -61,7 +58,7 @@ torch.library.impl(NAME, ("cpu", "cuda"), _write)
 torch.library.register_fake(NAME, _write_nothing)
 
 paged_caching = torch.ops.pagedcache.paged_caching.default
-"""``(k_cache, v_cache, k, v, slot_mapping, layout="HND", on_invalid="skip")``, as `paged_caching`.
+"""``(k_cache, v_cache, k, v, slot_mapping, layout=None, on_invalid="skip")``; see `paged_caching`.
 
 Runs on PyTorch's current stream. ``on_invalid="raise"`` waits, so it cannot be captured.
 """

@@ -17,11 +17,11 @@ import pagedcache as pc
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """The kernel source compiled for the host."""
+def compiler(tmp_path_factory):
+    """Compiles CUDA source for the host."""
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ here")
-    return host_device.build(tmp_path_factory.mktemp("host_kernel"))
+    return host_device.Compiler(tmp_path_factory.mktemp("host"))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,11 +1,16 @@
-"""A device that runs the real kernel source, compiled by g++, on the calling thread."""
+"""A device that runs the real CUDA source, compiled by g++, on the calling thread.
+
+It stands where a CudaDevice stands, for any operator: whatever source file and template instances
+it is asked to compile, it compiles.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import hashlib
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,26 +19,47 @@ from types import SimpleNamespace
 import numpy as np
 
 import pagedcache as pc
-from pagedcache.backend.nvidia import paged_caching as nvidia
-from pagedcache.backend.nvidia import source
-from pagedcache.interface.checks import Checked
+from pagedcache.backend.nvidia import parameters, source
+from pagedcache.backend.nvidia.report import EMPTY, LastRow
+
+HERE = Path(__file__).parent
+TAKE = "pagedcache::takeReport"
 
 
-def build(folder):
-    """Compile the kernel for the host, with PAGEDCACHE_HOST_FLAGS, into a library."""
-    built = folder / "kernel.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    flags += ["-Wno-unknown-pragmas"]  # unroll
-    flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
-    here = Path(__file__).parent / "host_kernel.cpp"
-    program = [shutil.which("g++"), *flags, "-I", source.folder(), here, "-o", built]
-    subprocess.run(program, check=True)
-    library = ctypes.CDLL(str(built))
-    library.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint] * 3 + [ctypes.c_void_p]
-    library.parameters_size.restype = ctypes.c_size_t
-    library.divide.restype = ctypes.c_uint32
-    library.divide.argtypes = [ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
-    return library
+class Compiler:
+    """Compiles CUDA source for the host, with PAGEDCACHE_HOST_FLAGS, into a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @functools.cache  # noqa: B019 - there is one of these in a session
+    def library(self, file, expressions, more=""):
+        """Return a library with a function ``run_<number>`` for each expression."""
+        path = Path(file)
+        path = path if path.is_absolute() else source.folder() / path
+        lines = [f'#include "{HERE / "host_shim.h"}"', f'#include "{path}"']
+        for number, expression in enumerate(expressions):
+            lines.append(
+                f'extern "C" void run_{number}(unsigned int blocks, unsigned int rows, '
+                f"unsigned int threads, const void* parameters) {{\n"
+                f"  launch({expression}, blocks, rows, threads, parameters);\n}}"
+            )
+        text = "\n".join([*lines, more, ""])
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # unroll; of the shim
+        flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
+        stem = self.folder / hashlib.sha256(" ".join([text, *flags]).encode()).hexdigest()[:16]
+        stem.with_suffix(".cpp").write_text(text)
+        program = [shutil.which("g++"), *flags, "-I", source.folder()]
+        program += [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
+        subprocess.run(program, check=True)
+        return ctypes.CDLL(str(stem.with_suffix(".so")))
+
+    def function(self, file, expressions, number):
+        run = getattr(self.library(file, expressions), f"run_{number}")
+        run.argtypes = [ctypes.c_uint] * 3 + [ctypes.c_void_p]
+        run.restype = None
+        return run
 
 
 @dataclasses.dataclass
@@ -44,85 +70,77 @@ class FakeLimits:
 
 
 class HostDevice:
-    """Stands where a CudaDevice stands, and runs each launch on the calling thread."""
+    kind = "cuda"
+    name = "cpu"  # where its arrays are
 
-    name = "cpu"
-
-    def __init__(self, library, **limits):
-        self.shim = library
+    def __init__(self, compiler, **limits):
+        self.compiler = compiler
         self.limits = FakeLimits(**limits)
-        self.launches = []
+        self.launches = []  # of (expression, (blocks, rows), threads)
 
     def compile(self, file, expressions):
-        assert file == "paged_caching.cuh"
-        return [self.parse(expression) for expression in expressions]
+        return [
+            (expression, self.compiler.function(file, expressions, number))
+            for number, expression in enumerate(expressions)
+        ]
 
-    @staticmethod
-    def parse(expression):
-        match = re.fullmatch(
-            r"pagedcache::pagedCaching<pagedcache::(B?F\d\d), (int|long long), (\d+)>", expression
-        )
-        dtype = ("F16", "BF16", "F32").index(match[1])
-        return dtype, 4 if match[2] == "int" else 8, int(match[3])
+    def prepare(self, function, rows, threads, arguments):
+        expression, run = function
+        arguments = type(arguments).from_buffer_copy(arguments)
 
-    def stream(self, stream):
-        return 0
+        def launch(blocks, stream):
+            self.launches.append((expression, (blocks, rows), threads))
+            run(blocks, rows, threads, ctypes.addressof(arguments))
 
-    def prepare(self, function, rows, threads, words):
-        words = (ctypes.c_uint64 * len(words))(*words)
-        assert ctypes.sizeof(words) == self.shim.parameters_size()
-
-        def run(blocks, stream):
-            self.launches.append((function, (blocks, rows), threads))
-            assert self.shim.run(*function, blocks, rows, threads, words) == 0
-
-        return SimpleNamespace(words=words, run=run)
+        return SimpleNamespace(parameters=arguments, run=launch)
 
     def current_stream(self):
+        return 0
+
+    def stream(self, stream):
         return 0
 
     def capturing(self, stream):
         return False
 
-    def wait(self, stream):
-        pass
-
     def read(self, address, size, stream):
         return np.frombuffer(ctypes.string_at(address, size), np.uint8)
 
-    def record(self, empty):
-        return HostRecord(empty)
+    def report(self, *, read=True):
+        return HostReport(self.compiler)
 
 
-class HostRecord:
-    """Stands where a Record stands."""
+class HostReport:
+    """A report in host memory, taken by the real kernel."""
 
-    def __init__(self, empty):
-        self._empty = empty
-        self._words = (ctypes.c_int64 * len(empty))(*empty)
-        self.address = ctypes.addressof(self._words)
+    def __init__(self, compiler):
+        kind = parameters.structure(source.read("common.cuh"), "TakeReportParameters")
+        self.words = (ctypes.c_int64 * 8)(*EMPTY, *EMPTY)
+        self.address = ctypes.addressof(self.words)
+        self.streams = {}
+        self._last = LastRow()
+        self._run = compiler.function("common.cuh", (TAKE,), 0)
+        self._arguments = kind(report=self.address, taken=self.address + 32)
 
-    def read(self):
-        return list(self._words)
+    def note(self, stream):
+        self.streams[stream] = None
 
-    def clear(self):
-        self._words[:] = self._empty
+    def take(self):
+        self._run(1, 1, 1, ctypes.addressof(self._arguments))
+        self.streams.clear()
+        count, _, row, value = self.words[4:]
+        return self._last.told(count, row, value)
 
 
-def descriptor_on(device, case, *, raising=False, debug=False):
+def descriptor_on(device, case, **options):
     """Return a descriptor for a case on a HostDevice."""
-    info = info_of(case)
-    if raising or debug:
-        make = lambda: nvidia.PagedCaching(info, device)  # noqa: E731
-        checked = Checked(make, device, info, raising=raising, debug=debug)
-        return pc.Descriptor(info, "cpu", checked)
-    return pc.Descriptor(info, "cpu", nvidia.PagedCaching(info, device))
+    described = dict(zip(pc.Descriptor.arguments, described_by(case), strict=True))
+    info = pc.PagedCachingInfo.create(*described.values(), layout=case.layout)
+    return pc.Descriptor(info, info.rules.expected(described), device, **options)
 
 
-def info_of(case):
+def described_by(case):
+    """Return the tensor descriptors of a case."""
     names = ("k_cache", "v_cache", "k", "v", "slot_mapping")
-    described = []
-    for name in names:
-        dtype, _, shape, strides = case.recipe[name]
-        described.append(pc.TensorDescriptor(dtype, shape, strides))
-    return pc.PagedCachingInfo.create(*described, layout=case.layout)
+    recipes = (case.recipe[name] for name in names)
+    return [pc.TensorDescriptor(dtype, shape, strides) for dtype, _, shape, strides in recipes]

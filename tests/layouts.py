@@ -13,7 +13,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 import pagedcache as pc
-from pagedcache.info import InvalidSlots
+from pagedcache.backend.protocol import Invalid
+from pagedcache.operators.one_call import Kept
+from pagedcache.operators.paged_caching import one_call
 
 GUARD = 64  # bytes before and behind each tensor
 
@@ -157,7 +159,14 @@ def invalid_slots(case):
     k_cache, *_, slots = case.arrays()
     capacity = k_cache.shape[0] * k_cache.shape[2 if case.layout == "HND" else 1]
     bad = [(token, slot) for token, slot in enumerate(slots.tolist()) if slot >= capacity]
-    return InvalidSlots(len(bad), *bad[0]) if bad else None
+    return Invalid(len(bad), *bad[0]) if bad else None
+
+
+def forget(monkeypatch):
+    """Let `paged_caching` forget its descriptors for a test; return where it keeps them."""
+    kept = Kept(pc.Descriptor, one_call._create)
+    monkeypatch.setattr(one_call, "_kept", kept)
+    return kept
 
 
 def same(case, buffers):

@@ -10,64 +10,42 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from layouts import expected, same, simple_case
+from layouts import expected, forget, same, simple_case
 
 import pagedcache as pc
-from pagedcache import arrays
+from pagedcache.arrays import dlpack, find, matching
+from pagedcache.arrays.cupy import CONTIGUOUS
 
 
 class FakeCupy:
-    """As much of CuPy as a reader needs."""
+    """As much of CuPy as reading its arrays needs."""
 
     class ndarray:  # noqa: N801
         def __init__(self, like, device):
             self.shape, self.strides, self.dtype = like.shape, like.strides, like.dtype
-            self.data = SimpleNamespace(ptr=64, device_id=device)
+            self.ndim, self._c_contiguous = like.ndim, like.flags.c_contiguous
+            self.data = SimpleNamespace(ptr=like.ctypes.data, device_id=device)
+            self.like = like
+
+        def __len__(self):
+            return self.shape[0]
 
     def __init__(self, devices):
         self.cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: devices))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_no_reader_takes_the_array_of_another_library(devices):
-    array = np.zeros((2, 3), np.float16)
-    fake = FakeCupy(devices)
-    theirs = fake.ndarray(array, devices - 1)
-    cupy, numpy = arrays._cupy_reader(fake), arrays._NUMPY
+@pytest.fixture
+def fake_cupy(monkeypatch):
+    """Return a function that pretends there is a CuPy with so many devices."""
 
-    def taken(reader, own, other):
-        recognises = reader.recogniser(own)
-        assert recognises(own)
-        try:
-            return recognises(other) and reader.address(other)
-        except (AttributeError, ValueError):
-            return False
+    def pretend(devices):
+        fake = FakeCupy(devices)
+        monkeypatch.setitem(sys.modules, "cupy", fake)
+        monkeypatch.setattr(find, "libraries", dict(find.libraries))
+        monkeypatch.setattr(matching, "libraries", find.libraries)
+        return fake
 
-    # True equals 1, so a flag must not stand where another library has a device number.
-    assert not taken(cupy, theirs, array)
-    assert not taken(numpy, array, theirs)
-    elsewhere = fake.ndarray(array, 0)
-    assert cupy.recogniser(theirs)(elsewhere) == (devices == 1)
-
-
-def test_the_one_call_form_tells_libraries_apart(monkeypatch):
-    # A CuPy array of the same look, on the only GPU there is, right after NumPy's.
-    from pagedcache.interface import descriptor, one_call
-
-    monkeypatch.setattr(one_call, "_latest", (object(), None, None))
-    fake = FakeCupy(1)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(arrays, "readers", dict(arrays.readers))
-    monkeypatch.setattr(descriptor, "readers", arrays.readers)
-    cache = np.zeros((4, 1, 2, 8), np.float16)
-    rows, slots = np.ones((3, 1, 8), np.float16), np.arange(3)
-    five = [cache, cache.copy(), rows, rows, slots]
-    pc.paged_caching(*five)
-    for position in range(5):
-        mixed = list(five)
-        mixed[position] = fake.ndarray(mixed[position], 0)
-        with pytest.raises(ValueError, match="must be on c"):
-            pc.paged_caching(*mixed)
+    return pretend
 
 
 def in_numpy(array):
@@ -75,57 +53,326 @@ def in_numpy(array):
 
 
 def in_torch(array):
-    import torch
-
-    return torch.from_numpy(array)
+    return torch_view(array)
 
 
 def in_torch_of_another_version(array):
-    return in_torch(array)
+    return torch_view(array)
 
 
 def in_cupy(array):
-    """Make one that looks the same; there is no memory, which takes no GPU."""
+    """Make one that looks the same, over the same memory; that takes no GPU."""
     import cupy
 
-    memory = cupy.cuda.UnownedMemory(4096 + id(array), array.nbytes, array, 0)
+    memory = cupy.cuda.UnownedMemory(array.ctypes.data, array.nbytes, array, 0)
     pointer = cupy.cuda.MemoryPointer(memory, 0)
     return cupy.ndarray(array.shape, array.dtype, pointer, array.strides)
 
 
-@pytest.mark.parametrize("library", [in_numpy, in_cupy, in_torch, in_torch_of_another_version])
-def test_arrays_are_recognised_by_everything_but_the_address(library, monkeypatch):
+LOOKS = {
+    "k_cache": ((4, 3, 2, 8), np.float16),
+    "v_cache": ((4, 3, 2, 8), np.float16),
+    "k": ((5, 3, 8), np.float16),
+    "v": ((5, 3, 8), np.float16),
+    "slot_mapping": ((5,), np.int64),
+}
+
+
+def five(**changes):
+    """Return five arrays, with some replaced."""
+    made = {name: np.zeros(shape, dtype) for name, (shape, dtype) in LOOKS.items()}
+    return {**made, **changes}
+
+
+def call_for(given, to_library, ran, apart=None):
+    """Return a recognised call for arrays of a library, which appends its arguments to `ran`."""
+    described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in five().items()}
+    rules = pc.PagedCachingInfo.create(*described.values()).rules
+    return matching.recognised_call(
+        rules.expected(described),
+        [to_library(array) for array in given.values()],
+        "slot_mapping",
+        {} if apart is None else apart,
+        lambda *arguments: ran.append(arguments),
+        lambda: 7,
+        lambda stream: stream.handle,
+    )
+
+
+LIBRARY_OF = [in_numpy, in_cupy, in_torch, in_torch_of_another_version]
+
+
+@pytest.fixture(params=LIBRARY_OF, ids=lambda library: library.__name__)
+def to_library(request, monkeypatch):
+    library = request.param
     if library is in_cupy:
         cupy = pytest.importorskip("cupy")
         monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
-        monkeypatch.setattr(arrays, "_cupy_reader", arrays._cupy_reader.__wrapped__)
-        monkeypatch.setattr(arrays, "readers", dict(arrays.readers))
     elif library is not in_numpy:
         torch = pytest.importorskip("torch")
         if library is in_torch_of_another_version:
             monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
-    array = np.zeros((2, 3, 4), np.float16)
-    mine, reader = library(array), arrays.reader_of("k", library(array))
-    recognises = reader.recogniser(mine, mine)
-    assert recognises(mine, library(array.copy()))
-    others = [array[:1], array.astype(np.int16), array.transpose(1, 0, 2), array[..., :2]]
-    others += [np.zeros((2, 3, 8), np.float16)[..., :4], np.zeros((4, 3, 4), np.float16)[::2]]
-    others = [library(other) for other in others]
-    if library is in_numpy:
-        others.append(array.copy())
-        others[-1].flags.writeable = False
-    elif library is not in_cupy:
-        others += [mine.to("meta"), torch._neg_view(mine)]
-    for other in others:
-        assert not recognises(mine, other)
-        assert not recognises(other, mine)
-        recognises_other = reader.recogniser(other)
-        assert [recognises_other(array) for array in others] == [array is other for array in others]
+    adopt_any = library(np.zeros(3))
+    find.library_of("k", adopt_any)  # known from now on
+    return library
+
+
+def test_arrays_are_recognised_whatever_their_address_and_number_of_rows(to_library):
+    ran, given = [], five()
+    call = call_for(given, to_library, ran)
+    for rows in (5, 1, 3, 5):
+        other = five(
+            k=np.zeros((rows, 3, 8), np.float16),
+            v=np.zeros((rows + 2, 3, 8), np.float16),
+            slot_mapping=np.zeros(rows, np.int64),
+        )
+        assert call(*map(to_library, other.values()), None)
+        assert ran.pop() == (rows, *(array.ctypes.data for array in other.values()), 7)
+    arrays = [to_library(array) for array in given.values()]
+    assert call(*arrays, 9)
+    assert call(*arrays, SimpleNamespace(handle=11))
+    assert [each[-1] for each in ran] == [9, 11]
+
+
+def variants(name):
+    """Yield arrays that must not be recognised in the place of one."""
+    shape, dtype = LOOKS[name]
+    good = np.zeros(shape, dtype)
+    yield good.astype(np.float32 if dtype == np.float16 else np.int32)
+    yield good.view(np.int16) if dtype == np.float16 else good.view(np.uint64)
+    yield np.zeros((*shape[:-1], shape[-1] * 2), dtype)[..., ::2]  # a last stride of 2
+    yield good[None]
+    yield good[..., 0] if good.ndim > 1 else good[:0]
+    if good.ndim > 1:
+        yield np.zeros((*shape[:-1], 4), dtype)
+        yield np.zeros((*shape[:-1], 16), dtype)[..., :8]  # other strides
+        yield np.zeros((shape[0], 2, *shape[2:]), dtype)
+        yield np.zeros((shape[0], 6, *shape[2:]), dtype)[:, ::2]
+        yield np.swapaxes(np.zeros((shape[1], shape[0], *shape[2:]), dtype), 0, 1)
+    if good.ndim == 4:
+        yield np.zeros((5, *shape[1:]), dtype)
+        yield np.zeros((3, *shape[1:]), dtype)
+        yield np.zeros((*shape[:2], 3, 8), dtype)
+        yield np.zeros((8, *shape[1:]), dtype)[::2]
+    else:
+        yield good[:0]
+        if name != "slot_mapping":
+            yield good[:4]  # too few rows
+            yield np.zeros((10, *shape[1:]), dtype)[::2]
+            yield np.zeros((1, 2, 8), dtype)
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_other_arrays_are_not_recognised(to_library, name):
+    ran = []
+    call = call_for(five(), to_library, ran)
+    assert call(*map(to_library, five().values()), None)
+    for index, other in enumerate(variants(name)):
+        arrays = [to_library(array) for array in five(**{name: other}).values()]
+        assert not call(*arrays, None), (index, other.shape, other.strides)
+    # ... nor what is no array of this library at all.
+    for odd in (None, 3, "x", [1.0], np.zeros(3) if to_library is not in_numpy else b"y"):
+        arrays = [to_library(array) for array in five().values()]
+        arrays[list(LOOKS).index(name)] = odd
+        assert not call(*arrays, None)
+    assert len(ran) == 1
+
+
+def test_what_only_one_library_has(to_library):
+    ran, given = [], five()
+    call = call_for(given, to_library, ran)
+    if to_library is in_numpy:
+        given["k_cache"].flags.writeable = False
+        assert not call(*given.values(), None)
+    elif to_library is not in_cupy:
+        import torch
+
+        for position in range(5):
+            arrays = [to_library(array) for array in five().values()]
+            for odd in (arrays[position].to("meta"), torch.nn.Buffer(arrays[position])):
+                mixed = [*arrays[:position], odd, *arrays[position + 1 :]]
+                if type(odd) is not torch.Tensor or odd.device.type == "meta":
+                    assert not call(*mixed, None)
+            if position < 4:
+                arrays[position] = torch._neg_view(arrays[position])
+                assert not call(*arrays, None)
+    assert ran == []
+
+
+def test_a_slice_of_rows_is_recognised_by_its_strides(to_library):
+    """Rows of a fused projection are further apart than they are long, also if there is one."""
+    qkv = np.zeros((9, 6, 8), np.float16)
+    ran, given = [], five(k=qkv[:5, :3], v=qkv[:5, 3:])
+    described = {
+        name: pc.TensorDescriptor(a.dtype, a.shape, [s // a.itemsize for s in a.strides])
+        for name, a in given.items()
+    }
+    rules = pc.PagedCachingInfo.create(*described.values()).rules
+    call = matching.recognised_call(
+        rules.expected(described),
+        [to_library(array) for array in given.values()],
+        "slot_mapping", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
+    )  # fmt: skip
+    for rows in (9, 1, 5):
+        slots = np.zeros(rows, np.int64)
+        other = five(k=qkv[:rows, :3], v=qkv[:rows, 3:], slot_mapping=slots)
+        assert call(*map(to_library, other.values()), None)
+    whole = five(k=np.zeros((5, 3, 8), np.float16))
+    assert not call(*map(to_library, whole.values()), None)
+    assert [each[0] for each in ran] == [9, 1, 5]
+
+
+def test_caches_that_share_memory_are_not_recognised(to_library):
+    pool = np.zeros((6, 3, 2, 8), np.float16)
+    size, block = 4 * 3 * 2 * 8 * 2, 3 * 2 * 8 * 2
+    for blocks, fine in ((0, False), (1, False), (2, False)):
+        ran = []
+        given = five(k_cache=pool[:4], v_cache=pool[blocks : blocks + 4])
+        call = call_for(five(), to_library, ran)
+        assert call(*map(to_library, given.values()), None) is fine
+        swapped = five(k_cache=given["v_cache"], v_cache=given["k_cache"])
+        assert not call(*map(to_library, swapped.values()), None)
+        # Unless it is known that they are interleaved.
+        distance = given["v_cache"].ctypes.data - given["k_cache"].ctypes.data
+        assert distance == blocks * block < size
+        call = call_for(five(), to_library, ran, {(0, 1): {distance}})
+        assert call(*map(to_library, given.values()), None)
+        assert not call(*map(to_library, swapped.values()), None) or blocks == 0
+    pool = np.zeros((8, 3, 2, 8), np.float16)
+    ran = []
+    call = call_for(five(), to_library, ran)
+    for one, other in ((pool[:4], pool[4:]), (pool[4:], pool[:4])):
+        assert call(*map(to_library, five(k_cache=one, v_cache=other).values()), None)
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_misaligned_arrays_are_not_recognised(to_library, name):
+    if to_library not in (in_numpy, in_cupy):
+        pytest.skip("PyTorch makes no such tensor")
+    good = five()[name]
+    raw = np.zeros(good.nbytes + 1, np.uint8)
+    moved = raw[1:].view(good.dtype).reshape(good.shape)
+    ran = []
+    call = call_for(five(), to_library, ran)
+    assert not call(*map(to_library, five(**{name: moved}).values()), None)
+    assert ran == []
+
+
+def test_libraries_may_be_mixed_in_a_recognised_call():
+    pytest.importorskip("torch")
+    given = five()
+    arrays = [torch_view(a) if i % 2 else a for i, a in enumerate(given.values())]
+    for array in arrays:
+        find.library_of("k", array)
+    ran = []
+    described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in given.items()}
+    rules = pc.PagedCachingInfo.create(*described.values()).rules
+    call = matching.recognised_call(
+        rules.expected(described), arrays, "slot_mapping", {},
+        lambda *arguments: ran.append(arguments), lambda: 0, int,
+    )  # fmt: skip
+    assert call(*arrays, None)
+    assert ran == [(5, *(a.ctypes.data for a in given.values()), 0)]
+    assert not call(*given.values(), None)
+    assert not call(*map(torch_view, given.values()), None)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_arrays_of_another_device_are_not_recognised(fake_cupy, devices):
+    fake = fake_cupy(devices)
+    ran = []
+    on = lambda device: lambda array: fake.ndarray(array, device)  # noqa: E731
+    find.library_of("k", on(0)(np.zeros(3)))
+    call = call_for(five(), on(devices - 1), ran)
+    assert call(*map(on(devices - 1), five().values()), None)
+    for position in range(5):
+        arrays = [on(devices - 1)(array) for array in five().values()]
+        arrays[position] = on(0)(arrays[position].like)
+        # With one device, there is nothing to compare.
+        assert call(*arrays, None) is (devices == 1)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_no_library_takes_the_array_of_another(fake_cupy, devices):
+    fake = fake_cupy(devices)
+    theirs = lambda array: fake.ndarray(array, devices - 1)  # noqa: E731
+    find.library_of("k", theirs(np.zeros(3)))
+    ran = []
+    for mine, other in ((in_numpy, theirs), (theirs, in_numpy)):
+        call = call_for(five(), mine, ran)
+        for position in range(5):
+            arrays = [mine(array) for array in five().values()]
+            arrays[position] = other(five()[list(LOOKS)[position]])
+            assert not call(*arrays, None)
+    assert ran == []
+
+
+def test_the_one_call_form_tells_libraries_apart(fake_cupy, monkeypatch):
+    # A CuPy array of the same look, on the only GPU there is, right after NumPy's.
+    forget(monkeypatch)
+    fake = fake_cupy(1)
+    arrays = list(five(slot_mapping=np.arange(5)).values())
+    pc.paged_caching(*arrays)
+    for position in range(5):
+        mixed = list(arrays)
+        mixed[position] = fake.ndarray(mixed[position], 0)
+        with pytest.raises(ValueError, match="must be on c"):
+            pc.paged_caching(*mixed)
+
+
+def test_private_functions_that_are_used_are_there():
+    """They are several times as fast as the public ones, which are used where they are missing."""
+    torch = pytest.importorskip("torch")
+    from pagedcache.arrays.torch import Torch
+
+    tensor = torch.zeros(3, 4)
+    assert callable(torch._C._increment_version), "torch._C._increment_version is gone"
+    before = tensor._version
+    torch._C._increment_version((tensor,))
+    assert tensor._version == before + 1, "torch._C._increment_version does something else"
+    guards = torch._C._dynamo.guards.TensorGuards(
+        tensor, dynamic_dims_sizes=[[None, 4]], dynamic_dims_strides=[[4, 1]]
+    )
+    changed = "torch._C._dynamo.guards.TensorGuards compares something else"
+    assert guards.check(torch.zeros(7, 4)), changed
+    for other in (torch.zeros(3, 5), torch.zeros(4, 3).T, tensor.int(), tensor.to("meta")):
+        assert not guards.check(other), changed
+    assert not guards.check(torch.zeros(3, 4, requires_grad=True)), changed
+    if torch.cuda.is_available():
+        assert callable(torch._C._cuda_getCurrentRawStream), "_cuda_getCurrentRawStream is gone"
+    assert Torch(torch)._bump is torch._C._increment_version
+    cupy = pytest.importorskip("cupy")
+    assert hasattr(cupy.ndarray, CONTIGUOUS), f"cupy.ndarray.{CONTIGUOUS} is gone"
+    assert getattr(in_cupy(np.zeros((2, 3))), CONTIGUOUS) is True
+    assert getattr(in_cupy(np.zeros((2, 3))[:, ::2]), CONTIGUOUS) is False
+
+
+def test_without_private_functions(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from pagedcache.arrays.torch import Torch
+
+    monkeypatch.delattr(torch._C, "_increment_version")
+    public = Torch(torch)
+    assert public._bump is torch.autograd.graph.increment_version
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
+    current = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=device + 5))
+    public = Torch(SimpleNamespace(_C=torch._C, cuda=current, autograd=torch.autograd))
+    assert public.current_stream(SimpleNamespace(is_cuda=True), 3)() == 8
+    assert public.current_stream(SimpleNamespace(is_cuda=False), 3) is None
+    cupy = pytest.importorskip("cupy")
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
+    monkeypatch.setattr("pagedcache.arrays.cupy.CONTIGUOUS", "_gone")
+    ran = []
+    find.library_of("k", in_cupy(np.zeros(3)))
+    call = call_for(five(), in_cupy, ran)
+    assert call(*map(in_cupy, five().values()), None)
+    strided = five(k=np.zeros((5, 6, 8), np.float16)[:, ::2])
+    assert not call(*map(in_cupy, strided.values()), None)
 
 
 def test_adopt_reads_without_a_copy():
     array = np.arange(24, dtype=np.int32).reshape(2, 3, 4)[:, ::2, 1:]
-    tensor = arrays.adopt("k", array)
+    tensor = find.adopt("k", array)
     assert tensor == (array.ctypes.data, array.dtype, (2, 2, 3), (48, 32, 4), "cpu", True)
     described = tensor.describe("k")
     assert (described.shape, described.strides, described.device) == ((2, 2, 3), (12, 8, 1), "cpu")
@@ -136,8 +383,8 @@ def test_subclasses_of_an_array_are_arrays():
         pass
 
     array = np.zeros(3).view(Mine)
-    assert arrays.adopt("k", array).shape == (3,)
-    assert Mine not in arrays.readers  # it may differ from time to time
+    assert find.adopt("k", array).shape == (3,)
+    assert Mine not in find.libraries  # it may differ from time to time
 
 
 # The arrays of other libraries
@@ -357,7 +604,7 @@ def test_a_subclass_that_shows_itself_otherwise_each_time():
         for _ in range(4):
             with contextlib.suppress(pc.PagedCacheError):
                 descriptor.calculate(k_cache, v_cache, k, v, slots.view(Flickering))
-            with pytest.raises(ValueError, match="k must have a row for each of the 4000"):
+            with pytest.raises(ValueError, match="k must have at least 4000 rows"):
                 descriptor.calculate(k_cache, v_cache, k, v, np.full(4000, -1))
 
 
@@ -374,7 +621,7 @@ def test_what_torch_does_not_hold_in_memory():
         (torch.zeros(shape, device="meta"), ValueError, "meta"),
         (torch.nested.nested_tensor([torch.zeros(3, 8)] * 9), TypeError, "k must have memory"),
         (torch.zeros(shape, dtype=torch.float8_e4m3fn), TypeError, "float16, bfloat16 or float32"),
-        (torch.empty(shape, dtype=torch.bits16), TypeError, "dtype of NumPy or ml_dtypes"),
+        (torch.empty(shape, dtype=torch.bits16), TypeError, "dtype that NumPy or ml_dtypes has"),
     ):
         with pytest.raises(kind, match=words) as caught:
             pc.paged_caching(*arrays[:2], bad, *arrays[3:])
@@ -456,17 +703,18 @@ def test_cuda_array_interface(monkeypatch):
         def __init__(self, **changes):
             self.__cuda_array_interface__ = {**base, **changes}
 
-    read = arrays.adopt("k", Device())
+    read = find.adopt("k", Device())
     assert read == (4096, np.dtype(np.float16), (2, 3, 4), (24, 8, 2), "cuda:1", True)
-    assert arrays.adopt("k", Device(strides=(64, 16, 2))).strides == (64, 16, 2)
-    assert arrays.adopt("k", Device(typestr="<V2")).dtype.name == "bfloat16"
-    assert not arrays.adopt("k", Device(data=(4096, True))).writable
-    stream = arrays.reader_of("k", Device()).stream
-    assert [stream(Device(stream=s), 0) for s in (None, 1, 2, 77)] == [0, 1, 2, 77]
+    assert find.adopt("k", Device(strides=(64, 16, 2))).strides == (64, 16, 2)
+    assert find.adopt("k", Device(typestr="<V2")).dtype.name == "bfloat16"
+    assert not find.adopt("k", Device(data=(4096, True))).writable
+    library = find.library_of("k", Device())
+    streams = [library.current_stream(Device(stream=s), 0)() for s in (None, 1, 2, 77)]
+    assert streams == [0, 1, 2, 77]
     with pytest.raises(TypeError, match="k must have memory that can be read"):
-        arrays.adopt("k", Device(shape=None))
+        find.adopt("k", Device(shape=None))
     with pytest.raises(TypeError, match="k must be a dtype"):
-        arrays.adopt("k", Device(typestr="<Z9"))
+        find.adopt("k", Device(typestr="<Z9"))
 
 
 def test_dlpack_of_other_devices_and_types():
@@ -477,27 +725,27 @@ def test_dlpack_of_other_devices_and_types():
 
         def __dlpack__(self, **options):
             capsule = self.array.__dlpack__(max_version=(1, 0))
-            pointer = arrays._capsule_pointer(capsule, b"dltensor_versioned")
-            managed = arrays._DLManagedTensorVersioned.from_address(pointer)
+            pointer = dlpack.capsule_pointer(capsule, b"dltensor_versioned")
+            managed = dlpack.DLManagedTensorVersioned.from_address(pointer)
             for name, value in self.fields.items():
                 setattr(managed.tensor, name, value)
             assert ctypes.sizeof(managed) == 80
             return capsule
 
     array = np.zeros((3, 4), np.float32)
-    assert arrays.adopt("k", Odd(array)).address == array.ctypes.data
-    assert arrays.adopt("k", Odd(array, byte_offset=8)).address == array.ctypes.data + 8
-    assert arrays.adopt("k", Odd(array, device_type=2, device_id=3)).device == "cuda:3"
-    bits = arrays.adopt("k", Odd(array, dtype_code=4, dtype_bits=16))
+    assert find.adopt("k", Odd(array)).address == array.ctypes.data
+    assert find.adopt("k", Odd(array, byte_offset=8)).address == array.ctypes.data + 8
+    assert find.adopt("k", Odd(array, device_type=2, device_id=3)).device == "cuda:3"
+    bits = find.adopt("k", Odd(array, dtype_code=4, dtype_bits=16))
     assert (bits.dtype.name, bits.strides) == ("bfloat16", (8, 2))
     with pytest.raises(
         ValueError, match="memory of the CPU or of a CUDA device, got DLPack device 4"
     ):
-        arrays.adopt("k", Odd(array, device_type=4))
+        find.adopt("k", Odd(array, device_type=4))
     with pytest.raises(TypeError, match="got DLPack type 2 of 32 bits x 2"):
-        arrays.adopt("k", Odd(array, dtype_lanes=2))
+        find.adopt("k", Odd(array, dtype_lanes=2))
     with pytest.raises(TypeError, match="got DLPack type 3 of 32"):
-        arrays.adopt("k", Odd(array, dtype_code=3))
+        find.adopt("k", Odd(array, dtype_code=3))
 
 
 def test_arrays_that_numba_filled():
@@ -521,9 +769,9 @@ def test_arrays_that_numba_filled():
 def test_arrays_without_elements_have_any_strides():
     empty = np.zeros((0, 2, 8)).astype(np.float16)
     assert empty.strides == (0, 0, 0)  # what NumPy makes of them
-    assert arrays.adopt("k", empty).strides == (32, 16, 2)
+    assert find.adopt("k", empty).strides == (32, 16, 2)
     qkv = np.zeros((5, 6, 8), np.float16)
-    assert arrays.adopt("k", qkv[:0, 2:4]).strides == (96, 16, 2)
+    assert find.adopt("k", qkv[:0, 2:4]).strides == (96, 16, 2)
     case = simple_case(tokens=5, heads=2, dtype="float16")
     k_cache, v_cache, _, _, slots = case.arrays()
     none, wanted = (k_cache, v_cache, empty, empty, slots[:0]), expected(case)
@@ -548,7 +796,7 @@ def test_an_interface_that_copies_is_refused():
             return self.kept[-1].__array_interface__
 
     with pytest.raises(ValueError, match="k must be readable without a copy"):
-        arrays.adopt("k", Copying())
+        find.adopt("k", Copying())
 
 
 def test_steps_that_are_never_taken_may_be_anything():

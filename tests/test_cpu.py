@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from layouts import cases, expected, same, simple_case
+from layouts import cases, expected, forget, same, simple_case
 
 import pagedcache as pc
 from pagedcache import infiniop
@@ -163,10 +163,7 @@ def test_infiniop_on_addresses():
 
 def test_one_row_and_then_one_that_stands_for_many(monkeypatch):
     """Both look alike but for the number of rows; a descriptor for one does not serve the other."""
-    from pagedcache.interface import one_call
-
-    monkeypatch.setattr(one_call, "_descriptors", {})
-    monkeypatch.setattr(one_call, "_latest", (object(), None, None))
+    forget(monkeypatch)
     k_cache, v_cache = np.zeros((2, 3, 1, 2, 4), np.float16)
     row = np.ones((1, 1, 4), np.float16)
     pc.paged_caching(k_cache, v_cache, np.broadcast_to(row, (1, 1, 4)), row, np.array([1]))

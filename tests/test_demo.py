@@ -143,7 +143,7 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--device", "tpu"], "device must be of a type that a backend serves"),
+        (["--device", "tpu"], "device must be of a registered type (cpu, cuda)"),
         (["--device", "cpu:7"], "there is only one"),
         (["--model", "/no/such/file.gguf"], "/no/such/file.gguf cannot be read as a SmolLM2 model"),
     ],

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from host_device import TAKE
 from layouts import expected, same, simple_case
 
 import pagedcache as pc
-from pagedcache.backend.nvidia import paged_caching
-from pagedcache.info import InvalidSlots
+from pagedcache.backend.protocol import Implementation, Invalid
 from pagedcache.status import Status
 
 pytest.importorskip("cupy")
+
+NO_ROW = 2**63 - 1
+GLOBAL, RELAXED = 0, 2  # CUstreamCaptureMode
 
 
 class Error(RuntimeError):
@@ -22,44 +27,70 @@ class Error(RuntimeError):
 
 
 class Stream:
-    ptr = 7
+    """Stands where a cupy.cuda.Stream stands."""
 
     def __init__(self, non_blocking=False):
         assert non_blocking
+        self.ptr = 7
 
-    def synchronize(self):
-        pass
+    def begin_capture(self):
+        assert RUNTIME.mode == RELAXED
+        RUNTIME.calls.append("begin_capture")
+
+    def end_capture(self):
+        RUNTIME.calls.append("end_capture")
+        if RUNTIME.refuses_capture:
+            raise RuntimeError("cudaErrorNotSupported")
 
 
 class Runtime:
-    """Stands where cupy.cuda.runtime stands; keeps what it was asked."""
+    """Stands where cupy.cuda.runtime and the driver stand; records what it was asked."""
 
     CUDARuntimeError = Error
     memcpyHostToDevice, memcpyDeviceToHost = 1, 2  # noqa: N815
-    broken = capturing = False
+    broken = capturing = refuses_capture = False
+    busy = ()
+    version = 13000
 
     def __init__(self):
-        self.calls = []
-        self.memory = []
+        self.calls, self.memory, self.mode = [], [], GLOBAL
 
     def malloc(self, size):
+        assert self.mode == RELAXED, "would end the capture of another thread"
         self.calls.append("malloc")
         self.memory.append(ctypes.create_string_buffer(b"\xab" * size, size))
         return ctypes.addressof(self.memory[-1])
 
     def memcpyAsync(self, target, source, size, kind, stream):  # noqa: N802
+        assert self.mode == RELAXED
         ctypes.memmove(target, source, size)
 
     def streamSynchronize(self, stream):  # noqa: N802
-        self.calls.append(("stream", stream))
+        assert self.mode == RELAXED
+        self.calls.append(("wait", stream))
         if self.broken:
             raise Error("cudaErrorLaunchFailure")
 
-    def deviceSynchronize(self):  # noqa: N802
-        self.calls.append(("device",))
+    def streamQuery(self, stream):  # noqa: N802
+        return 600 if stream in self.busy else 0
 
     def streamIsCapturing(self, stream):  # noqa: N802
         return self.capturing
+
+    def driverGetVersion(self):  # noqa: N802
+        return self.version
+
+    def getDeviceCount(self):  # noqa: N802
+        return 1
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):  # noqa: N802
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+        return 0
+
+
+class CurrentStream:
+    def __init__(self, ptr):
+        self.ptr = ptr
 
 
 class Current:
@@ -76,78 +107,154 @@ class Current:
 
 
 @pytest.fixture
-def device(monkeypatch):
-    """A CudaDevice over host memory."""
+def runtime(monkeypatch):
+    """CUDA over host memory."""
+    global RUNTIME
+    from pagedcache.backend.nvidia import context, driver, launch, report
     from pagedcache.backend.nvidia import device as room
-    from pagedcache.backend.nvidia import record
 
-    runtime = Runtime()
-    current = lambda index: SimpleNamespace(ptr=3)  # noqa: E731
-    cuda = SimpleNamespace(Device=Current, Stream=Stream, get_current_stream=current)
-    for module in (room, record):
-        monkeypatch.setattr(module, "cupy", SimpleNamespace(cuda=cuda))
-        monkeypatch.setattr(module, "runtime", runtime)
-    limits = room.Limits("NVIDIA Test", (9, 0), 132, 1024, 2**31 - 1)
-    monkeypatch.setattr(room, "_query", lambda index: limits)
-    monkeypatch.setattr(room, "_can_be_programmatic", lambda: True)
-    made = room.CudaDevice(0)
-    made.runtime = runtime
+    RUNTIME = made = Runtime()
+    made.current = CurrentStream(3)
+    cuda = SimpleNamespace(
+        Device=Current, Stream=Stream, get_current_stream=lambda index: made.current
+    )
+    for module in (context, room, report, launch):
+        monkeypatch.setattr(module, "cupy", SimpleNamespace(cuda=cuda), raising=False)
+        monkeypatch.setattr(module, "runtime", made)
+    monkeypatch.setattr(driver, "library", lambda: made)
     return made
 
 
-def add(record, *words):
-    (ctypes.c_int64 * 4).from_address(record.address)[:] = words
+def limits(capability=(9, 0), threads=1024):
+    from pagedcache.backend.nvidia.device import Limits
+
+    return Limits("NVIDIA Test", capability, 132, threads, 2**31 - 1)
 
 
-def test_a_record_is_of_one_owner(device):
-    one, other = device.record(paged_caching.EMPTY), device.record(paged_caching.EMPTY)
-    assert one.read() == other.read() == list(paged_caching.EMPTY)
-    add(one, 3, 0, 5, 99)
-    assert one.read() == [3, 0, 5, 99]
-    assert other.read() == list(paged_caching.EMPTY)
-    one.clear()
-    assert one.read() == list(paged_caching.EMPTY)
+@pytest.fixture
+def device(monkeypatch, runtime, compiler):
+    """A CudaDevice whose reports are taken by the real kernel, on the host."""
+    from pagedcache.backend.nvidia import device as room
+
+    monkeypatch.setattr(room, "_query", lambda index: limits())
+    made = room.CudaDevice(0)
+    take = compiler.function("common.cuh", (TAKE,), 0)
+
+    def launch_to_take(report, taken):
+        words = (ctypes.c_uint64 * 2)(report, taken)
+        return SimpleNamespace(run=lambda blocks, stream: take(1, 1, 1, ctypes.addressof(words)))
+
+    made._reports._take_launch = launch_to_take
+    return made
 
 
-def test_records_are_never_used_again(device):
-    """A queued kernel, or a graph, may write to one whose owner is gone."""
-    seen = {device.record(paged_caching.EMPTY).address for _ in range(2100)}
+def add(report, count, row, value):
+    (ctypes.c_int64 * 4).from_address(report.address)[:] = (count, 0, row, value)
+
+
+def test_a_report_has_one_owner(device):
+    one, other = device.report(), device.report()
+    assert one.take() is other.take() is None
+    add(one, 3, 5, 99)
+    assert other.take() is None
+    assert one.take() == Invalid(3, 5, 99)
+    assert one.take() is None
+
+
+def test_what_is_counted_after_its_row_was_taken_is_told(device):
+    report = device.report()
+    add(report, 2, 5, 99)
+    assert report.take() == Invalid(2, 5, 99)
+    add(report, 1, NO_ROW, 0)  # of a kernel whose row, 5 or higher, was taken before it counted
+    assert report.take() == Invalid(1, 5, 99)
+    add(report, 0, 7, 28)  # of one that has not counted yet
+    assert report.take() is None
+    add(report, 1, 7, 28)
+    assert report.take() == Invalid(1, 7, 28)
+
+
+def test_the_memory_of_reports_is_never_used_again(device, runtime):
+    """A queued kernel, or a graph, may add to one whose owner is gone."""
+    seen = {device.report().address for _ in range(2100)}
     assert len(seen) == 2100
-    assert device.runtime.calls.count("malloc") == 3
-    live = device.record(paged_caching.EMPTY)
+    assert (
+        min(abs(one - other) for one, other in zip(sorted(seen), sorted(seen)[1:], strict=False))
+        >= 64
+    )
+    assert runtime.calls.count("malloc") == 3
+    live = device.report()
     for address in seen:
         (ctypes.c_int64 * 4).from_address(address)[:] = (1, 0, 1, 1)
-    assert live.read() == list(paged_caching.EMPTY)
+    assert live.take() is None
 
 
-def test_no_memory_is_allocated_in_a_capture(device):
-    device.record(paged_caching.EMPTY)
-    device.runtime.capturing = True
+def test_those_that_nobody_reads_share_one(device, runtime):
+    assert len({device.report(read=False).address for _ in range(3000)}) == 1
+    assert runtime.calls.count("malloc") == 1
+    assert device.report().address != device.report(read=False).address
+
+
+def test_no_memory_is_allocated_in_a_capture(device, runtime):
+    device.report()
+    runtime.capturing = True
     for _ in range(1023):
-        device.record(paged_caching.EMPTY)
-    with pytest.raises(NotImplementedError, match="first memory cannot be done while a stream"):
-        device.record(paged_caching.EMPTY)
+        device.report()
+    with pytest.raises(
+        NotImplementedError, match="allocating memory for a first descriptor is not"
+    ):
+        device.report()
 
 
-def test_half_a_report_is_told_later(device, monkeypatch):
-    """One that a kernel is writing while it is read."""
-    monkeypatch.setattr(device, "compile", lambda file, names: [0] * len(names))
-    info = pc.Descriptor.create(*simple_case().arrays()).info
-    write = paged_caching.PagedCaching(info, device)
-    most = 2**63 - 1
-    for half in ((1, 0, most, 0), (0, 0, 7, 28), (0, 1, most, 0)):
-        add(write._invalid, *half)
-        assert write.invalid_slots(3) is None
-        assert write._invalid.read() == list(half)
-    add(write._invalid, 1, 0, 7, 28)
-    assert write.invalid_slots(None) == InvalidSlots(1, 7, 28)
-    assert write.invalid_slots(None) is None
-    device.runtime.broken = True
+def test_a_report_waits_for_the_streams_that_wrote_to_it(device, runtime):
+    report = device.report()
+    del runtime.calls[:]
+    for stream in (3, 11, 12, 11):
+        report.note(stream)
+    assert report.take() is None
+    side = 7
+    assert runtime.calls == [("wait", 3), ("wait", 11), ("wait", 12), ("wait", side)]
+    del runtime.calls[:]
+    report.take()
+    assert runtime.calls == [("wait", side)]
+
+
+def test_a_stream_lives_until_it_was_waited_for(device, runtime):
+    report = device.report()
+    report.note(runtime.current.ptr)
+    alive = weakref.ref(runtime.current)
+    runtime.current = CurrentStream(4)
+    gc.collect()
+    assert alive() is not None
+    report.take()
+    gc.collect()
+    assert alive() is None
+
+
+def test_idle_streams_are_forgotten(device, runtime):
+    report = device.report()
+    runtime.busy = (102, 105)
+    for stream in range(100, 200):
+        report.note(stream)
+        assert len(report.streams) <= 16
+    assert {102, 105, 199} <= set(report.streams)
+
+
+def test_a_report_that_cannot_wait_loses_nothing(device, runtime):
+    report = device.report()
+    report.note(3)
+    add(report, 3, 5, 99)
+    runtime.capturing = True
+    with pytest.raises(NotImplementedError, match="waiting for a stream of cuda:0 is not possible"):
+        report.take()
+    runtime.capturing, runtime.broken = False, True
     with pytest.raises(RuntimeError, match="work that was queued before it failed"):
-        write.invalid_slots(3)
+        report.take()
+    runtime.broken = False
+    assert list(report.streams) == [3]
+    assert report.take() == Invalid(3, 5, 99)
 
 
-def test_a_broken_capture_is_a_capture(device, monkeypatch):
+def test_a_broken_capture_is_a_capture(device, runtime, monkeypatch):
     def broken(stream):
         raise RuntimeError("stream is invalidated")
 
@@ -157,50 +264,119 @@ def test_a_broken_capture_is_a_capture(device, monkeypatch):
         raise error
 
     for answer in (broken, implicit):
-        monkeypatch.setattr(device.runtime, "streamIsCapturing", answer)
+        monkeypatch.setattr(runtime, "streamIsCapturing", answer)
         assert device.capturing(0)
 
 
-def test_reading_and_waiting(device):
+def test_reading_and_waiting(device, runtime):
     data = np.arange(16, dtype=np.uint8)
     assert device.read(data.ctypes.data + 3, 4, 5).tolist() == [3, 4, 5, 6]
     device.wait(9)
-    device.wait(None)
-    assert device.runtime.calls == [("stream", 5), ("stream", 9), ("device",)]
+    assert runtime.calls == [("wait", 5), ("wait", 9)]
     assert not device.capturing(5)
-    device.runtime.capturing = True
+    runtime.capturing = True
     assert device.capturing(5)
-    with pytest.raises(NotImplementedError, match="waiting for cuda:0 cannot be done while"):
-        device.wait(None)
-    device.runtime.capturing = False
-    device.runtime.broken = True
+    with pytest.raises(NotImplementedError, match="is not possible while a stream is being captur"):
+        device.wait(9)
+    runtime.capturing = False
+    runtime.broken = True
     with pytest.raises(RuntimeError, match="work that was queued before it failed") as caught:
         device.wait(5)
     assert caught.value.status == Status.INTERNAL_ERROR
+    assert runtime.mode == GLOBAL  # as it was before
 
 
-def test_waiting_is_refused_in_a_capture(device, monkeypatch):
-    """Checked before anything is launched."""
-    from pagedcache.interface.checks import Checked
-
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_invalid": "raise"}, "on_invalid='raise' waits for the stream"),
+        ({"debug": True}, "debug waits for the stream"),
+    ],
+)
+def test_waiting_is_refused_in_a_capture(device, runtime, options, words):
+    """Before anything is launched."""
     case = simple_case()
-    info = pc.Descriptor.create(*case.arrays()).info
     launched = []
-    implementation = SimpleNamespace(
-        workspace_size=0, launch_config=None, invalid_slots=None,
-        calculate=lambda *a: launched.append(a),
-    )  # fmt: skip
-    device.runtime.capturing = True
-    for options, words in (
-        ({"raising": True, "debug": False}, "on_invalid='raise' waits for the stream"),
-        ({"raising": False, "debug": True}, "debug waits for the stream"),
-    ):
-        checked = Checked(lambda: implementation, device, info, **options)
-        descriptor = pc.Descriptor(info, "cpu", checked)
+
+    class Write(Implementation):
+        def __init__(self, info, device, report):
+            pass
+
+        def run(self, *arguments):
+            launched.append(arguments)
+
+    device.name = "cpu"  # where the arrays are
+    device.operator = lambda name: Write
+    kind = type("Somewhere", (pc.Descriptor,), {"implementations": {}})
+    created = pc.Descriptor.create(*case.arrays())
+    descriptor = kind(created.info, created._arguments.expected, device, **options)
+    runtime.capturing = True
+    for call in (descriptor.calculate, lambda *arrays, stream: descriptor.bind(*arrays)()):
         with pytest.raises(NotImplementedError, match=words) as caught:
-            descriptor.calculate(*case.arrays(), stream=3)
+            call(*case.arrays(), stream=3)
         assert caught.value.status == Status.NOT_IMPLEMENTED
     assert launched == []
     wanted = expected(case)
     pc.paged_caching(*case.arrays())
     same(case, wanted)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (limits(capability=(6, 1)), "compute capability 7.0 .Volta. or higher, got 6.1"),
+        (limits(threads=511), "at least 512 threads in a block, got 511"),
+    ],
+    ids=["old", "small"],
+)
+def test_devices_that_cannot_run_the_kernels_are_refused(runtime, monkeypatch, found, words):
+    from pagedcache.backend.nvidia import device as room
+
+    monkeypatch.setattr(room, "_query", lambda index: found)
+    with pytest.raises(RuntimeError, match=words) as caught:
+        room.CudaDevice(0)
+    assert caught.value.status == Status.DEVICE_ARCHITECTURE_NOT_SUPPORTED
+    limits(capability=(7, 0)).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True),
+        ({"capability": (8, 9)}, False),
+        ({"version": 12020}, False),
+        ({"version": 12030}, True),
+        ({"switch": "0"}, False),
+        ({"refuses_capture": True}, False),
+        ({"refuses_launch": True}, False),
+    ],
+    ids=str,
+)
+def test_programmatic_launch_is_tried_before_it_is_used(
+    device, runtime, monkeypatch, changes, wanted
+):
+    from pagedcache.backend.nvidia import device as room
+    from pagedcache.status import LaunchError
+
+    launched = []
+
+    class Launch:
+        def __init__(self, index, function, rows, threads, arguments, *, programmatic):
+            assert programmatic
+
+        def run(self, blocks, stream):
+            assert runtime.calls[-1] == "begin_capture"
+            if changes.get("refuses_launch"):
+                raise LaunchError("launch", "refused")
+            launched.append(stream)
+
+    monkeypatch.setattr(room, "Launch", Launch)
+    monkeypatch.setenv("PAGEDCACHE_PDL", changes.get("switch", ""))
+    runtime.version = changes.get("version", 13000)
+    runtime.refuses_capture = changes.get("refuses_capture", False)
+    device.limits = limits(capability=changes.get("capability", (9, 0)))
+    assert device._try_programmatic() is wanted
+    assert runtime.mode == GLOBAL
+    if wanted:
+        assert launched == [7, 7]
+        assert runtime.calls == ["begin_capture", "end_capture"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -13,18 +14,18 @@ import pytest
 
 import pagedcache as pc
 from pagedcache import infiniop
-from pagedcache.backend.nvidia import fork
-from pagedcache.backend.nvidia import paged_caching as nvidia_paged_caching
+from pagedcache.backend.nvidia import driver, fork
+from pagedcache.operators.paged_caching import nvidia as nvidia_paged_caching
 from pagedcache.status import Status
 
 
-def python(program, **environment):
+def python(program, timeout=None, **environment):
     """Run a program in a process of its own; ``None`` takes a variable out of its environment."""
     variables = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False,
         env={name: value for name, value in variables.items() if value is not None},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[1], timeout=timeout,
     )  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def test_no_driver(monkeypatch, nvidia):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(nvidia.ctypes, "CDLL", missing)
+    monkeypatch.setattr(driver.ctypes, "CDLL", missing)
+    monkeypatch.setattr(driver, "library", driver.library.__wrapped__)
     with pytest.raises(RuntimeError, match=r"needs the NVIDIA driver.*libcuda") as caught:
         pc.Handle("cuda")
     assert caught.value.status == Status.DEVICE_NOT_INITIALIZED
@@ -85,6 +87,7 @@ def test_no_driver(monkeypatch, nvidia):
 @pytest.mark.parametrize(
     ("code", "status", "words"),
     [
+        (3, Status.DEVICE_NOT_INITIALIZED, "was forked after CUDA was initialized.*'spawn'"),
         (35, Status.DEVICE_NOT_INITIALIZED, "needs a newer NVIDIA driver"),
         (100, Status.DEVICE_NOT_FOUND, "found no usable GPU"),
     ],
@@ -146,7 +149,8 @@ def test_a_cache_folder_that_cannot_be_written():
 COMPILE = """
 import sys
 from cupy.cuda import compiler
-from pagedcache.backend.nvidia import paged_caching, source
+from pagedcache.backend.nvidia import source
+from pagedcache.operators.paged_caching import nvidia as paged_caching
 class Module:
     def load(self, cubin):
         assert cubin.startswith(b"\\x7fELF"), cubin[:4]
@@ -205,10 +209,9 @@ def device(monkeypatch):
     from pagedcache.backend.nvidia import device as room
 
     monkeypatch.setattr(cupy.cuda, "Device", Anything)
-    monkeypatch.setattr(room.cupy.cuda, "Device", Anything)
+    monkeypatch.setattr(driver, "library", lambda: Anything())
     limits = room.Limits("NVIDIA Test", (9, 0), 132, 1024, 2**31 - 1)
     monkeypatch.setattr(room, "_query", lambda index: limits)
-    monkeypatch.setattr(room, "_can_be_programmatic", lambda: True)
     made = room.CudaDevice(0)
     monkeypatch.setattr(made, "current_stream", lambda: 0)
     monkeypatch.setattr(made, "capturing", lambda stream: False)
@@ -216,9 +219,12 @@ def device(monkeypatch):
 
 
 class Anything:
-    """Stands where a cupy.cuda.Device stands."""
+    """Stands where a cupy.cuda.Device or the driver stands."""
 
     def __init__(self, *_):
+        pass
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):  # noqa: N802
         pass
 
     def __enter__(self):
@@ -280,8 +286,8 @@ def test_nothing_is_compiled_while_a_stream_is_captured(device, monkeypatch):
     monkeypatch.setattr(device, "capturing", lambda stream: True)
     with pytest.raises(NotImplementedError, match=r"paged_caching.cuh .* pagedcache.warmup\(\)"):
         device.compile(nvidia_paged_caching.FILE, ("x",))
-    device._compiled[nvidia_paged_caching.FILE, ("x",)] = []
-    assert device.compile(nvidia_paged_caching.FILE, ("x",)) == []
+    device._compiled[nvidia_paged_caching.FILE, ("x",)] = [SimpleNamespace(ptr=5)] * 2
+    assert device.compile(nvidia_paged_caching.FILE, ("x",)) == [5]
 
 
 class DriverError(RuntimeError):
@@ -308,8 +314,9 @@ def launch(monkeypatch):
                 getDevice=lambda: 0, getDeviceCount=lambda: 1, CUDARuntimeError=DriverError
             ),
         )
-        monkeypatch.setattr(room, "launch_extended", lambda: lambda *_: status)
-        return room.Launch(0, 1, 1, 64, (0,), programmatic=True)
+        refusing = SimpleNamespace(cuLaunchKernelEx=lambda *_: status)
+        monkeypatch.setattr(room, "library", lambda: refusing)
+        return room.Launch(0, 1, 1, 64, ctypes.c_uint64(), programmatic=True)
 
     return refused
 
@@ -320,7 +327,7 @@ def test_an_error_that_another_kernel_left(launch):
     words = str(caught.value)
     assert "refused because work that was queued before it failed" in words
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in words
-    assert "start a new one" in words
+    assert "so start a new one" in words
     with pytest.raises(RuntimeError, match="launch on cuda:0 failed: CUDA_ERROR_INVALID_VALUE"):
         launch(1, "CUDA_ERROR_INVALID_VALUE").run(1, 0)
 
@@ -330,7 +337,7 @@ def test_a_launch_in_a_forked_process(launch, monkeypatch):
     with pytest.raises(RuntimeError, match="launch on cuda:0 failed"):
         ready.run(1, 0)
     monkeypatch.setattr(fork, "_user", os.getpid() + 1)
-    with pytest.raises(RuntimeError, match=r"before this process was forked.*'spawn'"):
+    with pytest.raises(RuntimeError, match=r"that was forked after CUDA.*'spawn'"):
         ready.run(1, 0)
 
 
@@ -349,7 +356,7 @@ def test_a_forked_process_is_told_so():
     done = python(program)
     assert done.stderr == ""
     error, status = done.stdout.splitlines()
-    assert error.startswith("DEVICE_NOT_INITIALIZED backend cuda was in use before this process")
+    assert error.startswith("DEVICE_NOT_INITIALIZED backend cuda cannot be used in a process that")
     assert "'spawn'" in error
     assert status == "DEVICE_NOT_INITIALIZED cpu"
 
@@ -372,6 +379,50 @@ def test_the_cpu_backend_survives_a_fork():
         "if child: sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n",
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+LOCKS_IN_A_FORK = """
+import os, sys, threading
+sys.path.insert(0, "tests")
+import pagedcache as pc
+from layouts import expected, same, simple_case
+from pagedcache import locks
+from pagedcache.operators.paged_caching import one_call
+case = simple_case()
+case.views["slot_mapping"][0] = 99
+descriptor = pc.Descriptor.create(*case.arrays())
+pc.paged_caching(*case.arrays())
+held = list(locks._locks)
+assert any(lock is one_call._kept._lock for lock in held), "the lock of the one-call form"
+assert any(lock is descriptor._report._lock for lock in held), "the lock of a report"
+ready, done = threading.Event(), threading.Event()
+def hold():
+    for lock in held:
+        lock.__enter__()
+    ready.set()
+    done.wait()
+thread = threading.Thread(target=hold, daemon=True)
+thread.start()
+ready.wait()
+if child := os.fork():
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done.set()
+    sys.exit(status)
+wanted = expected(case)
+descriptor.calculate(*case.arrays())
+try: descriptor.check()
+except pc.InvalidSlotError as error: print(error.count)
+larger = simple_case(heads=5)
+pc.paged_caching(*larger.arrays())  # needs a new descriptor
+same(case, wanted)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_locks_that_are_held_in_a_fork_are_free_in_the_child():
+    done = python(LOCKS_IN_A_FORK, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_a_home_that_cannot_be_written():

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pagedcache.backend.nvidia import paged_caching as nvidia
 from pagedcache.backend.nvidia import source
+from pagedcache.operators.paged_caching import nvidia
 from pagedcache.status import Status
 
 cupy = pytest.importorskip("cupy", reason="CuPy, which brings NVRTC's interface, is not installed")
@@ -61,6 +61,16 @@ def test_every_instance_compiles(architecture):
         assert wide == 2 or (wide == 3 and (slots, width) == ("int32", 4))
         assert len(re.findall(r"st\.global", body)) == 2
         assert len(re.findall(rf"st\.global\.{re.escape(vector)}", body)) == 2
+        # Programmatic launch: one wait for the kernel ahead, before anything is read or written.
+        programmatic = architecture >= 90
+        assert body.count("griddepcontrol.wait") == programmatic
+        assert body.count("griddepcontrol.launch_dependents") == programmatic
+        if programmatic:
+            ahead, _, after = body.partition("griddepcontrol.wait")
+            assert not re.search(r"(ld|st|red|atom)\.global|\batom\.", ahead)
+            assert "griddepcontrol.launch_dependents" in ahead
+            assert ahead.count("prefetch.global.L2") == 3
+            assert len(re.findall(r"(?:ld|st)\.global", after)) == 5
         assert ".local" not in body
         assert ".shared" not in body
         used = re.search(

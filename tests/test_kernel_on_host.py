@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from host_device import HostDevice, descriptor_on, info_of
+from host_device import HostDevice, HostReport, described_by, descriptor_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import cases, expected, invalid_slots, same, simple_case
 
 import pagedcache as pc
-from pagedcache.backend.nvidia import paged_caching as nvidia
+from pagedcache.backend.nvidia import parameters, source
+from pagedcache.backend.protocol import Invalid
+from pagedcache.operators.paged_caching import nvidia
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
@@ -34,10 +40,10 @@ EXAMPLES = 3000 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") els
     st.sampled_from([0, 1, 4]),  # any write is a large one where there are none
 )
 def test_kernel_writes_what_the_definition_says(
-    library, case, thread_class, max_grid_x, multiprocessors
+    compiler, case, thread_class, max_grid_x, multiprocessors
 ):
     device = HostDevice(
-        library,
+        compiler,
         thread_class=thread_class,
         max_grid_x=max_grid_x,
         multiprocessors=multiprocessors,
@@ -49,11 +55,24 @@ def test_kernel_writes_what_the_definition_says(
     ):
         descriptor.calculate(*mine.arrays())
         same(mine, wanted)
-        assert descriptor._opaque.invalid_slots(None) == invalid
-        assert descriptor._opaque.invalid_slots(None) is None
+        assert descriptor._report.take() == invalid
+        assert descriptor._report.take() is None
     for _, (blocks, rows), _ in device.launches:
         assert 1 <= blocks <= max_grid_x
         assert rows in (1, 2)
+
+
+DIVIDE = """
+extern "C" unsigned int divide(unsigned int dividend, const pagedcache::Divisor* by) {
+  return by->divide(dividend);
+}
+extern "C" int most_threads() { return pagedcache::kMostThreads; }
+"""
+
+
+@pytest.fixture(scope="session")
+def library(compiler):
+    return compiler.library(nvidia.FILE, (), DIVIDE)
 
 
 @settings(max_examples=5000, deadline=None)
@@ -64,18 +83,19 @@ def test_division_is_exact(library, data):
     multiple = data.draw(st.integers(0, (2**31 - 1) // value)) * value
     near = data.draw(st.sampled_from([-1, 0, 1, value - 1]))
     dividend = min(max(multiple + near, 0), 2**31 - 1)
-    words = nvidia._divisor(value)
-    assert all(0 <= word < 2**64 for word in words)
-    assert library.divide(dividend, *words) == dividend // value
+    kind = parameters.structure(source.read("common.cuh"), "Divisor")
+    by = parameters.divisor(kind, value)
+    assert (by.value, by.shift) == (value, 31 + (value - 1).bit_length())
+    assert library.divide(dividend, ctypes.byref(by)) & 0xFFFFFFFF == dividend // value
 
 
-def test_more_slots_than_the_kernel_counts_are_refused(library):
+def test_more_slots_than_the_kernel_counts_are_refused(compiler):
     tensor = pc.TensorDescriptor
     caches = [tensor("float16", (2**27 + 1, 1, 16, 1))] * 2
     rows = [tensor("float16", (3, 1, 1))] * 2
     info = pc.PagedCachingInfo.create(*caches, *rows, tensor("int64", (3,)))
     with pytest.raises(NotImplementedError, match="at most 2147483648 slots") as caught:
-        nvidia.PagedCaching(info, HostDevice(library))
+        nvidia.PagedCaching(info, HostDevice(compiler), HostReport(compiler))
     assert caught.value.status == pc.Status.NOT_IMPLEMENTED
 
 
@@ -99,20 +119,23 @@ def test_host_and_kernel_agree_on_threads(library):
         ("float32", 64, 64, 4, 4),
     ],
 )
-def test_widest_access_that_alignment_allows(library, dtype, k_size, v_size, shift, width):
+def test_widest_access_that_alignment_allows(compiler, dtype, k_size, v_size, shift, width):
     case = simple_case(k_size=k_size, v_size=v_size, dtype=dtype)
-    device = HostDevice(library)
+    launched = []
+    device = HostDevice(compiler)
+    device.prepare = lambda function, rows, threads, arguments: SimpleNamespace(
+        parameters=arguments, run=lambda blocks, stream: launched.append(function[0])
+    )
     with descriptor_on(device, case) as descriptor:
         addresses = dict(zip(case.views, range(2**20, 6 * 2**20, 2**20), strict=True))
         addresses["k"] += shift
-        device.shim = SimpleNamespace(run=lambda *_: 0, parameters_size=library.parameters_size)
         descriptor.calculate(*addresses.values())
-    assert [function[2] for function, _, _ in device.launches] == [width]
+    assert launched == [nvidia.instance(dtype, "int64", width)]
 
 
-def test_one_launch_without_idle_blocks(library):
+def test_one_launch_without_idle_blocks(compiler):
     case = simple_case(tokens=1000, heads=8, k_size=128, v_size=128, blocks=70, block_size=16)
-    device = HostDevice(library)
+    device = HostDevice(compiler)
     with descriptor_on(device, case) as descriptor:
         config = descriptor.launch_config(1000)
         descriptor.calculate(*case.arrays())
@@ -137,25 +160,24 @@ def test_one_launch_without_idle_blocks(library):
     ],
 )
 @pytest.mark.parametrize("tokens", [1999, 2000, 2001])
-def test_tiles(library, layout, k_size, v_size, dtype, tile, tokens):
+def test_tiles(compiler, layout, k_size, v_size, dtype, tile, tokens):
     case = simple_case(tokens, 3, k_size, v_size, 160, 16, dtype, layout=layout)
     wanted = expected(case)
-    device = HostDevice(library)
+    device = HostDevice(compiler)
     with descriptor_on(device, case) as descriptor:
         assert nvidia.tile_of(descriptor.info) == tile
         descriptor.calculate(*case.arrays())
-        [(function, (blocks, _), threads)] = device.launches
-    vectors = max(k_size, v_size) * case.views["k"].itemsize // function[2] * 3
+        [(expression, (blocks, _), threads)] = device.launches
+    width = int(re.search(r", (\d+)>", expression)[1])
+    vectors = max(k_size, v_size) * case.views["k"].itemsize // width * 3
     assert blocks == -(-(-(-tokens // tile) * tile * vectors) // threads)
     same(case, wanted)
 
 
-def test_threads_share_a_descriptor(library):
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_threads_share_a_descriptor(compiler):
     several = [simple_case(tokens=200, blocks=60, seed=seed) for seed in range(8)]
     wanted = [expected(case) for case in several]
-    with descriptor_on(HostDevice(library), several[0]) as descriptor:
+    with descriptor_on(HostDevice(compiler), several[0]) as descriptor:
 
         def write(case):
             for _ in range(50):
@@ -165,6 +187,44 @@ def test_threads_share_a_descriptor(library):
             list(pool.map(write, several))
     for case, buffers in zip(several, wanted, strict=True):
         same(case, buffers)
+
+
+def test_reports_are_taken_while_kernels_add(compiler):
+    """Nothing is lost, whoever adds meanwhile, and the lowest row is told with its own value."""
+    case = simple_case(tokens=64, heads=1, k_size=8, blocks=2, block_size=4)
+    case.views["slot_mapping"][...] = 1000 + np.arange(64)[::-1]
+    with descriptor_on(HostDevice(compiler), case) as descriptor:
+        found, done = [], []
+
+        def add(_):
+            for _ in range(300):
+                descriptor.calculate(*case.arrays())
+            done.append(True)
+
+        def take():
+            while len(done) < 4:
+                found.append(descriptor._report.take())
+
+        with ThreadPoolExecutor(5) as pool:
+            taker = pool.submit(take)
+            list(pool.map(add, range(4)))
+            taker.result()
+        found.append(descriptor._report.take())
+        assert descriptor._report.take() is None
+    told = [each for each in found if each]
+    assert sum(each.count for each in told) == 4 * 300 * 64
+    assert all(each.value == 1063 - each.row for each in told)
+    assert min(each.row for each in told) == 0
+
+
+def test_a_row_that_is_not_counted_yet_stays(compiler):
+    report = HostReport(compiler)
+    report.words[0:4] = (0, 0, 7, 28)
+    assert report.take() is None
+    assert report.words[0:4] == [0, 0, 7, 28]
+    report.words[0] = 2
+    assert report.take() == Invalid(2, 7, 28)
+    assert report.take() is None
 
 
 def sanitized(test):
@@ -204,13 +264,13 @@ def test_sanitizers_would_notice():
     assert "AddressSanitizer: heap-buffer-overflow" in done.stdout + done.stderr
 
 
-def test_out_of_bounds_on_purpose(library):
+def test_out_of_bounds_on_purpose(compiler):
     if "sanitize" not in os.environ.get("PAGEDCACHE_HOST_FLAGS", ""):
         pytest.skip("writes past the end of a cache; only the test above runs it")
     case = simple_case(tokens=3, heads=1, k_size=8, v_size=8, blocks=2, block_size=1)
     case.views["slot_mapping"][...] = 0
-    info = info_of(case)
+    info = pc.PagedCachingInfo.create(*described_by(case), layout=case.layout)
     larger = dataclasses.replace(info, num_blocks=10)
     case.views["slot_mapping"][...] = 6  # just behind the guard
-    write = nvidia.PagedCaching(larger, HostDevice(library))
-    write.writer(3)(*case.addresses(), 0, None)
+    write = nvidia.PagedCaching(larger, HostDevice(compiler), HostReport(compiler))
+    write.run(3, *case.addresses(), 0)

@@ -17,7 +17,7 @@ from layouts import cases, invalid_slots, same, simple_case
 
 import pagedcache as pc
 from pagedcache import infiniop
-from pagedcache.backend.nvidia.paged_caching import THREADS
+from pagedcache.operators.paged_caching.nvidia import THREADS
 from pagedcache.status import Status
 
 pytestmark = pytest.mark.gpu
@@ -43,10 +43,10 @@ def test_writes_what_the_cpu_backend_writes(cupy, case, as_if_large):
     there = case.on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays(), layout=case.layout) as descriptor:
         if as_if_large:  # with threads for K and others for V, whatever the shapes are
-            for kernel in descriptor._opaque._kernels.values():
+            for kernel in descriptor._implementation._kernels.values():
                 kernel._few_tokens = kernel._many_tokens = 0
         descriptor.calculate(*there.arrays())
-        assert descriptor._opaque.invalid_slots(None) == invalid_slots(case)
+        assert descriptor._report.take() == invalid_slots(case)
     same(there, on_cpu(case))
 
 
@@ -215,6 +215,7 @@ extern "C" __global__ void late(unsigned short *k, unsigned short *v, long long 
 @pytest.mark.parametrize("programmatic", [True, False])
 def test_a_late_producer(cupy, monkeypatch, programmatic):
     device = pc.Handle("cuda:0").opened()
+    pc.warmup()
     if programmatic and not device.programmatic:
         pytest.skip("this GPU or driver has no programmatic dependent launch")
     monkeypatch.setattr(device, "programmatic", programmatic)
@@ -309,16 +310,16 @@ def test_bad_input(cupy):
     case = simple_case()
     there = case.on(cupy.asarray)
     arrays = there.arrays()
-    with pytest.raises(ValueError, match="k must be on cuda:0 as v_cache is, got cpu"):
+    with pytest.raises(ValueError, match="k must be on cuda:0 like v_cache, got cpu"):
         pc.paged_caching(*arrays[:2], case.views["k"], *arrays[3:])
-    with pytest.raises(ValueError, match="handle must be the device of the arrays"):
+    with pytest.raises(ValueError, match="handle must be for the device of the arrays"):
         pc.Descriptor.create(*arrays, handle=pc.Handle("cpu"))
     count = cupy.cuda.runtime.getDeviceCount()
     with pytest.raises(RuntimeError, match="must be one of the") as caught:
         pc.Handle(f"cuda:{count}")
     assert caught.value.status == Status.DEVICE_NOT_FOUND
     with pc.Descriptor.create(*arrays) as descriptor:
-        with pytest.raises(ValueError, match="k must have device cuda:0 as at create, got cpu"):
+        with pytest.raises(ValueError, match=r"k must have device cuda:0, as when .* got cpu"):
             descriptor.calculate(*arrays[:2], case.views["k"], *arrays[3:])
         with pytest.raises(TypeError, match="stream must be None"):
             descriptor.calculate(*arrays, stream="main")
@@ -331,7 +332,9 @@ def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
         # More than any device runs in a block.
-        descriptor._opaque._widest.grid(3).threads = 1 << 20
+        grid, _ = descriptor._implementation._widest.plan(9)
+        grid.launches.append(grid.prepare())
+        grid.launches[0]._config.block_x = 1 << 20
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())
         assert got.value.status == Status.INTERNAL_ERROR
@@ -362,14 +365,14 @@ def test_second_device_while_the_first_is_current(cupy):
         with pytest.raises(ValueError, match="stream must be a stream of cuda:1"):
             descriptor.calculate(*there.arrays(), stream=stream_of_0)
         here = case.on(cupy.asarray)
-        with pytest.raises(ValueError, match="v_cache must be on cuda:1 as k_cache is, got cuda"):
+        with pytest.raises(ValueError, match="v_cache must be on cuda:1 like k_cache, got cuda"):
             pc.paged_caching(there.views["k_cache"], *here.arrays()[1:])
         descriptor.check()
         with cupy.cuda.Device(1):
             there.views["slot_mapping"][5] = 640
             cupy.cuda.Device(1).synchronize()
         descriptor.calculate(*there.arrays())
-        with pytest.raises(pc.InvalidSlotError, match="token 5"):
+        with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[5\]"):
             descriptor.check()
     assert cupy.cuda.runtime.getDevice() == 0
     with cupy.cuda.Device(1):
@@ -454,7 +457,7 @@ def test_what_waits_is_refused_in_a_capture(cupy, option):
     descriptor = pc.Descriptor.create(*there.arrays(), **option)
     with stream:
         stream.begin_capture()
-        with pytest.raises(NotImplementedError, match="cannot be done while it is captured"):
+        with pytest.raises(NotImplementedError, match="waits for the stream, which is being captu"):
             descriptor.calculate(*there.arrays())
         stream.end_capture()
     stream.synchronize()
@@ -471,7 +474,7 @@ def test_debug_on_the_gpu(cupy):
         descriptor.calculate(*arrays)
         same(there, on_cpu(case))
         arrays[3][7, 3, 9] = np.inf
-        with pytest.raises(pc.NonFiniteError, match=r"v must .* token 7, head 3, element 9"):
+        with pytest.raises(pc.NonFiniteError, match=r"v\[7, 3, 9\] must be finite, got inf"):
             descriptor.calculate(*arrays)
         arrays[4][9] = 3
         with pytest.raises(pc.DuplicateSlotError, match="tokens 3 and 9"):
@@ -517,12 +520,12 @@ def test_first_descriptors_at_once(cupy):
 
     device = CudaDevice(0)  # of its own, so nothing is compiled yet
     case = simple_case(200, 8, 128, 128, 40, 16)
-    info = pc.Descriptor.create(*case.arrays()).info
+    created = pc.Descriptor.create(*case.arrays())
     theres = [case.on(cupy.asarray) for _ in range(8)]
     cupy.cuda.Device().synchronize()
 
     def write(there):
-        descriptor = pc.Descriptor(info, device.name, device.operator("paged_caching", info))
+        descriptor = pc.Descriptor(created.info, created._arguments.expected, device)
         descriptor.calculate(*there.arrays())
         cupy.cuda.get_current_stream().synchronize()
 
@@ -563,8 +566,15 @@ def test_descriptors_come_and_go(cupy):
         with pc.Descriptor.create(*arrays) as descriptor:
             descriptor.check()
             descriptor.calculate(*arrays)
-            addresses.add(descriptor._opaque._invalid.address)
+            addresses.add(descriptor._report.address)
     assert len(addresses) == 3000
+    free = cupy.cuda.runtime.memGetInfo()[0]
+    for size in range(1, 3000):  # of which 256 are kept, and none has a report of its own
+        cache = cupy.zeros((2, 1, 1, 1, size), np.float16)
+        pc.paged_caching(*cache, cache[0, 0], cache[0, 0], cupy.zeros(1, np.int64))
+    assert cupy.cuda.runtime.memGetInfo()[0] >= free - (32 << 20)  # of CuPy's pool
+    descriptor = pc.Descriptor.create(*arrays)
+    assert descriptor._report.address not in addresses
 
 
 @pytest.mark.parametrize(
@@ -667,7 +677,23 @@ def test_after_a_fork():
         "    except pc.PagedCacheError as error: print(error)\n"
         "sys.stdout.flush(); os._exit(0)\n"
     )
-    assert out.count("before this process was forked") == 2, out
+    assert out.count("in a process that was forked after CUDA was initialized") == 2, out
+
+
+def test_after_a_fork_of_a_process_in_which_pytorch_alone_used_cuda():
+    pytest.importorskip("torch")
+    out = alone(
+        "import os, sys, torch\n"
+        "torch.zeros(3, device='cuda')\n"
+        "import pagedcache as pc\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "try: pc.Handle('cuda')\n"
+        "except pc.PagedCacheError as error: print(error.status.name, error)\n"
+        "sys.stdout.flush(); os._exit(0)\n"
+    )
+    assert "DEVICE_NOT_INITIALIZED" in out, out
+    assert "in a process that was forked after CUDA was initialized" in out, out
 
 
 def test_an_error_that_another_kernel_left():
@@ -1026,7 +1052,185 @@ def test_check_is_refused_in_a_capture(cupy):
     descriptor.calculate(*there.arrays())
     with stream:
         stream.begin_capture()
-        with pytest.raises(NotImplementedError, match="waiting for cuda:0 cannot be done"):
+        descriptor.calculate(*there.arrays())
+        with pytest.raises(NotImplementedError, match="waiting for a stream of cuda:0 is not poss"):
             descriptor.check()
-        stream.end_capture()
+        graph = stream.end_capture()
+        graph.launch(stream)
     descriptor.check()
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_other_threads_go_on_while_a_stream_is_captured(cupy, library, mode):
+    """... and the capture goes on while they create, write, wait and check."""
+    case = simple_case(100, 8, 128, 128, 40, 16)
+    case.views["slot_mapping"][7] = 700
+    wanted = on_cpu(case)
+    captured, others = case.on(cupy.asarray), case.on(cupy.asarray)
+    mine, theirs = captured.arrays(), others.arrays()
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        to_torch = from_library("torch", cupy)
+        mine, theirs = [[to_torch(array) for array in each] for each in (mine, theirs)]
+    inside = pc.Descriptor.create(*mine)
+    inside.calculate(*mine)
+    with pytest.raises(pc.InvalidSlotError):
+        inside.check()
+    for name in ("k_cache", "v_cache"):
+        captured.buffers[name][...] = cupy.asarray(case.buffers[name])
+    cupy.cuda.Device().synchronize()
+
+    def elsewhere():
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(3):
+                for on_invalid in ("skip", "raise"):
+                    # Also allocates, where this is the first of a thousand.
+                    descriptor = pc.Descriptor.create(*theirs, on_invalid=on_invalid)
+                    with pytest.raises(pc.InvalidSlotError) as caught:  # noqa: PT012 - either
+                        descriptor.calculate(*theirs, stream=stream)
+                        descriptor.check()
+                    assert caught.value.count == 1
+                descriptor = pc.Descriptor.create(*theirs)
+                descriptor._device._reports._free.clear()
+                pc.Descriptor.create(*theirs).calculate(*theirs, stream=stream)
+            stream.synchronize()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: None).result()
+        if library == "torch":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode=mode):
+                inside.calculate(*mine)
+                pool.submit(elsewhere).result()
+                inside.calculate(*mine)
+            replay, wait = graph.replay, torch.cuda.synchronize
+        else:
+            modes = {"global": 0, "thread_local": 1, "relaxed": 2}
+            stream = cupy.cuda.Stream(non_blocking=True)
+            with stream:
+                stream.begin_capture(modes[mode])
+                inside.calculate(*mine)
+                pool.submit(elsewhere).result()
+                inside.calculate(*mine)
+                graph = stream.end_capture()
+            replay, wait = (lambda: graph.launch(stream)), stream.synchronize
+    replay()
+    wait()
+    with pytest.raises(pc.InvalidSlotError) as caught:
+        inside.check()
+    assert (caught.value.count, caught.value.slot) == (2, 700)
+    same(captured, wanted)
+    same(others, wanted)
+
+
+def test_check_waits_for_its_own_streams_only(cupy):
+    case = simple_case(100, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    blocker = cupy.ones((6000, 6000), np.float32)
+    busy = cupy.cuda.Stream(non_blocking=True)
+    with pc.Descriptor.create(*there.arrays()) as descriptor:
+        descriptor.calculate(*there.arrays())
+        cupy.cuda.Device().synchronize()
+        descriptor.check()
+        with busy:
+            for _ in range(300):
+                blocker *= np.float32(1.0000001)
+        descriptor.calculate(*there.arrays(), stream=cupy.cuda.Stream(non_blocking=True))
+        descriptor.check()
+        assert not busy.done
+        # ... and for all of them, also for one that nobody else holds any more.
+        late = there.views["slot_mapping"].copy()
+        late[9] = 640
+        cupy.cuda.Device().synchronize()
+        with cupy.cuda.Stream(non_blocking=True):
+            for _ in range(300):
+                blocker *= np.float32(1.0000001)
+            there.views["slot_mapping"][...] = late
+            descriptor.calculate(*there.arrays())
+        with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[9\] = 640"):
+            descriptor.check()
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_a_number_of_tokens_that_changes_at_each_call(cupy, library):
+    case = simple_case(64, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    convert = from_library("torch", cupy) if library == "torch" else lambda array: array
+    arrays = [convert(array) for array in there.arrays()]
+    with pc.Descriptor.create(*arrays) as descriptor:
+        for tokens in [*range(1, 65), 1, 64, 3]:
+            slots = np.random.default_rng(tokens).permutation(640)[:tokens]
+            case.views["slot_mapping"][:tokens] = slots
+            there.views["slot_mapping"][:tokens] = cupy.asarray(slots)
+            cupy.cuda.Device().synchronize()
+            for write in (descriptor.calculate, pc.paged_caching):
+                write(*arrays[:4], arrays[4][:tokens])
+            pc.paged_caching(*case.arrays()[:4], case.views["slot_mapping"][:tokens])
+            cupy.cuda.Device().synchronize()
+    same(there, case.buffers)
+
+
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_bound_writes(cupy, library):
+    case = simple_case(100, 8, 128, 128, 40, 16)
+    there = case.on(cupy.asarray)
+    convert = from_library("torch", cupy) if library == "torch" else lambda array: array
+    arrays = [convert(array) for array in there.arrays()]
+    descriptor = pc.Descriptor.create(*arrays)
+    write = descriptor.bind(*arrays)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    on_a_stream = descriptor.bind(*arrays, stream=stream)
+    with stream:
+        stream.begin_capture()
+        write() if library == "cupy" else on_a_stream()
+        graph = stream.end_capture()
+    for turn in range(30):
+        slots = np.random.default_rng(turn).permutation(641)[:100]
+        case.views["slot_mapping"][...] = slots
+        there.views["slot_mapping"].set(slots)
+        pc.paged_caching(*case.arrays())
+        cupy.cuda.Device().synchronize()
+        (write, on_a_stream, lambda: graph.launch(stream))[turn % 3]()
+        cupy.cuda.Device().synchronize()
+    same(there, case.buffers)
+    with pytest.raises(pc.InvalidSlotError):
+        descriptor.check()
+
+    def often(_):
+        for _ in range(200):
+            write()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(often, range(8)))
+    cupy.cuda.Device().synchronize()
+    same(there, case.buffers)
+    descriptor.destroy()
+    with pytest.raises(RuntimeError, match="has been destroyed"):
+        write()
+
+
+def test_autograd_on_the_gpu(cupy):
+    torch = pytest.importorskip("torch")
+    case = simple_case(50, 8, 128, 128, 40, 16, "float32")
+    for name in ("k", "v", "k_cache", "v_cache"):
+        case.views[name][...] = 1
+    there = case.on(cupy.asarray)
+    arrays = [torch.from_dlpack(array) for array in there.arrays()]
+    descriptor = pc.Descriptor.create(*arrays)
+    for write in (
+        descriptor.calculate, descriptor.calculate, pc.paged_caching, pc.paged_caching,
+        lambda *arrays: descriptor.bind(*arrays)(),
+    ):  # fmt: skip
+        x = torch.ones_like(arrays[0], requires_grad=True)
+        product = (x * arrays[0]).sum()
+        write(*arrays)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+        leaf = [arrays[0].clone().requires_grad_(), *arrays[1:]]
+        with pytest.raises(pc.RequiresGradError, match="k_cache must not require grad"):
+            write(*leaf)
+        with torch.no_grad():
+            write(*leaf)
+        with pytest.raises(pc.RequiresGradError, match="k_cache must not require grad"):
+            write(*leaf)

@@ -26,7 +26,8 @@ before = set(sys.path)
 site.addsitedir({target!r})
 sys.path.sort(key=lambda path: path in before)  # ahead of the copy that the tests themselves use
 import pagedcache
-from pagedcache.backend.nvidia import paged_caching, source
+from pagedcache.backend.nvidia import source
+from pagedcache.operators.paged_caching import nvidia as paged_caching
 from cupy.cuda import nvrtc
 program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
 name = paged_caching.instance("bfloat16", "int64", 16)
@@ -79,7 +80,7 @@ def test_wheel_holds_what_it_should(built):
     with zipfile.ZipFile(built["wheel"]) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    assert "pagedcache/cuda_src/paged_caching.cuh" in names
+    assert {"pagedcache/cuda_src/common.cuh", "pagedcache/cuda_src/paged_caching.cuh"} <= names
     assert "pagedcache/py.typed" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pagedcache"}
@@ -107,7 +108,8 @@ except ImportError:
     print("no CuPy;", cuda.usable)
 else:
     from cupy.cuda import nvrtc
-    from pagedcache.backend.nvidia import paged_caching, source
+    from pagedcache.backend.nvidia import source
+    from pagedcache.operators.paged_caching import nvidia as paged_caching
     for width in paged_caching.WIDTHS:
         program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
         name = paged_caching.instance("bfloat16", "int64", width)
@@ -171,6 +173,6 @@ def test_two_cupys_are_named(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=CHECKOUT
     )
-    assert "needs one CuPy; uninstall all of them, then install one" in done.stdout
+    assert "needs exactly one CuPy; uninstall all of them, then install one" in done.stdout
     assert "cupy-cuda12x and cupy-cuda13x" in done.stdout
     assert done.stdout.startswith("DEVICE_NOT_INITIALIZED")

@@ -7,32 +7,42 @@ import types
 
 import numpy as np
 import pytest
-from layouts import simple_case
+from layouts import forget, simple_case
 
 import pagedcache as pc
 from pagedcache.backend import registry
-from pagedcache.backend.protocol import LaunchConfig
+from pagedcache.backend.cpu import CpuReport
+from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.operators.one_call import MOST_KEPT, MOST_RECENT
 from pagedcache.status import Status
 
 
-class Opaque:
-    workspace_size = 0
+class Write(Implementation):
+    def __init__(self, info, device, report):
+        self.info, self.device, self.report = info, device, report
 
-    def __init__(self, info, calls):
-        self.info = info
-        self.calls = calls
+    def launch_config(self, rows):
+        return LaunchConfig((rows, 1, 1), (1, 1, 1))
 
-    def launch_config(self, num_tokens):
-        return LaunchConfig((num_tokens, 1, 1), (1, 1, 1))
-
-    def writer(self, num_tokens):
-        return lambda *arguments: self.calls.append((num_tokens, *arguments))
+    def run(self, *arguments):
+        self.device.calls.append(arguments)
 
 
 class ToyDevice:
+    kind = "toy"
+
     def __init__(self, index):
         self.name = f"toy:{index or 0}"
         self.calls = []
+
+    def current_stream(self):
+        return 4
+
+    def stream(self, stream):
+        return {"mine": 5}[stream] if isinstance(stream, str) else stream
+
+    def report(self, *, read=True):
+        return CpuReport()
 
     def describe(self):
         return "a toy"
@@ -40,10 +50,10 @@ class ToyDevice:
     def limits_table(self):
         return []
 
-    def operator(self, name, info):
+    def operator(self, name):
         if name != "paged_caching":
             raise pc.status.NotSupportedError(name, "is not in the toy backend")
-        return Opaque(info, self.calls)
+        return Write
 
 
 class ToyBackend:
@@ -82,17 +92,20 @@ def test_another_package_brings_a_device(clean):
     descriptor = pc.Descriptor.create(*described)
     assert descriptor.device == "toy:3"
     assert descriptor.launch_config(5).grid == (5, 1, 1)
-    descriptor.calculate(*case.addresses(), stream="mine")
-    [call] = descriptor._opaque.calls
-    assert call == (9, *case.addresses(), 0, "mine")
-    with pytest.raises(ValueError, match="k_cache must have device toy:3 as at create, got cpu"):
+    for _ in range(2):
+        descriptor.calculate(*case.addresses(), stream="mine")
+        descriptor.calculate(*case.addresses())
+    descriptor.bind(*case.addresses())()
+    device = descriptor._device
+    assert device.calls == [(9, *case.addresses(), stream) for stream in (5, 4, 5, 4, 4)]
+    with pytest.raises(ValueError, match=r"k_cache must have device toy:3, as when .* got cpu"):
         descriptor.calculate(*case.arrays())
 
 
 def test_two_targets_for_one_type_are_refused(clean):
     pc.register_backend("toy", "toy_backend:Toy")
     for device_type in ("toy", "cpu", "cuda"):
-        with pytest.raises(ValueError, match="cannot also be served by another") as caught:
+        with pytest.raises(ValueError, match="cannot have a second backend") as caught:
             pc.register_backend(device_type, "toy_backend:Other")
         assert caught.value.status == Status.BAD_PARAM
 
@@ -100,11 +113,11 @@ def test_two_targets_for_one_type_are_refused(clean):
 def test_entry_points(clean, monkeypatch):
     monkeypatch.setattr(registry, "_entry_points", lambda: (("toy", "toy_backend:Toy"),))
     assert pc.Handle("toy:1").device == "toy:1"
-    with pytest.raises(ValueError, match="cannot also be served by another"):
+    with pytest.raises(ValueError, match="cannot have a second backend"):
         pc.register_backend("toy", "toy_backend:Other")
     several = (("toy", "toy_backend:Toy"), ("toy", "toy_backend:Other"))
     monkeypatch.setattr(registry, "_entry_points", lambda: several)
-    with pytest.raises(ValueError, match="must have one backend, but installed packages bring"):
+    with pytest.raises(ValueError, match="has several backends, brought by different installed"):
         pc.Handle("toy")
     # The types that nobody disputes still work.
     assert pc.Handle("cpu").device == "cpu"
@@ -130,7 +143,7 @@ def test_a_broken_plug_in_breaks_nothing_else(clean, monkeypatch):
         def check(self):
             raise RuntimeError("no licence")
 
-    class Unmade:
+    class Unmade(ToyBackend):
         def __init__(self):
             raise OSError("no file")
 
@@ -138,8 +151,8 @@ def test_a_broken_plug_in_breaks_nothing_else(clean, monkeypatch):
     pc.register_backend("broken", "toy_backend:Broken")
     pc.register_backend("unmade", "toy_backend:Unmade")
     reports = pc.backends()
-    assert reports["broken"].reason == "fails: RuntimeError('no licence')"
-    assert "cannot be made: OSError('no file')" in reports["unmade"].reason
+    assert reports["broken"].reason == "it fails: RuntimeError('no licence')"
+    assert "cannot be created: OSError('no file')" in reports["unmade"].reason
     assert pc.Handle().device in ("cpu", "cuda:0")
 
 
@@ -159,26 +172,32 @@ def test_names(clean, device_type, target):
         pc.register_backend(device_type, target)
 
 
-def test_an_operator_that_a_backend_lacks():
-    with pytest.raises(
-        NotImplementedError, match=r"'gather' is not in the backend .*cpu"
-    ) as caught:
-        pc.Handle("cpu").opened().operator("gather", None)
-    assert caught.value.status == Status.NOT_IMPLEMENTED
+def test_an_operator_that_a_device_lacks():
+    with pytest.raises(NotImplementedError, match=r"'gather' is not implemented on the CPU") as e:
+        pc.Handle("cpu").opened().operator("gather")
+    assert e.value.status == Status.NOT_IMPLEMENTED
+
+
+def test_what_is_not_a_backend_is_refused_at_once(clean, monkeypatch):
+    module = sys.modules["toy_backend"]
+    module.Half = type("Half", (), {"open": lambda self, index: None})
+    module.instance = ToyBackend()
+    for name, words in (("Half", "without check"), ("instance", "ToyBackend object")):
+        with pytest.raises(TypeError, match="must be a class with the methods check and open") as e:
+            pc.register_backend("odd", f"toy_backend:{name}")
+        assert words in str(e.value)
+    monkeypatch.delitem(sys.modules, "toy_backend")  # not imported yet, so nothing can be said
+    pc.register_backend("odd", "toy_backend:Half")
+    monkeypatch.setitem(sys.modules, "toy_backend", module)
+    with pytest.raises(TypeError, match="must be a class with the methods check and open"):
+        pc.Handle("odd")
+    assert not pc.backends()["odd"].usable
 
 
 def test_one_call_finds_its_descriptor_again(monkeypatch):
-    from pagedcache.interface import one_call as room
-
-    monkeypatch.setattr(room, "_descriptors", {})
-    monkeypatch.setattr(room, "_latest", (object(), None, None))
-    made = []
-    create = pc.Descriptor.create.__func__
-    monkeypatch.setattr(
-        pc.Descriptor,
-        "create",
-        classmethod(lambda cls, *a, **o: made.append(1) or create(cls, *a, **o)),
-    )
+    kept = forget(monkeypatch)
+    made, create = [], kept._create
+    kept._create = lambda *arguments: made.append(1) or create(*arguments)
     case = simple_case(tokens=9)
     k_cache, v_cache, k, v, slots = case.arrays()
     pc.paged_caching(k_cache, v_cache, k, v, slots)
@@ -187,7 +206,43 @@ def test_one_call_finds_its_descriptor_again(monkeypatch):
     assert len(made) == 1
     pc.paged_caching(k_cache, v_cache, k, v, slots.astype(np.int32))
     assert len(made) == 2
-    for _ in range(room._MOST_DESCRIPTORS + 5):
-        heads = np.zeros((1, 1, 1, len(room._descriptors) + 9), np.float16)
-        pc.paged_caching(heads, heads.copy(), heads[0], heads[0], np.array([0]))
-    assert len(room._descriptors) <= room._MOST_DESCRIPTORS
+    # Caches that differ in one axis alone need descriptors of their own.
+    for axis in range(4):
+        shape = list(k_cache.shape)
+        shape[axis] += 1
+        larger = np.zeros(shape, k_cache.dtype), np.zeros(shape, k_cache.dtype)
+        rows = np.ones((3, shape[1], shape[3]), k_cache.dtype)
+        last = shape[0] * shape[2] - 1
+        for _ in range(2):
+            slots = np.array([0, last, last + 1])
+            pc.paged_caching(*larger, rows, rows, slots, layout="HND")
+        assert len(made) == 3 + axis
+        for cache in larger:
+            assert (cache[-1, :, -1] == 1).all()
+            assert np.count_nonzero(cache) == 2 * rows[0].size
+    assert len(made) == 6
+
+
+def test_the_least_recently_used_descriptors_are_forgotten(monkeypatch):
+    kept = forget(monkeypatch)
+    made, create = [], kept._create
+    kept._create = lambda *arguments: made.append(arguments[0].shape[-1]) or create(*arguments)
+
+    def write(size):
+        cache = np.zeros((1, 1, 1, size), np.float16)
+        pc.paged_caching(cache, cache.copy(), cache[0], cache[0], np.array([0]))
+
+    sizes = range(1, MOST_KEPT + 1)
+    for size in sizes:
+        write(size)
+    write(1)  # so the least recently used is 2
+    assert made == list(sizes)
+    for size in range(1000, 1010):
+        write(size)
+    assert len(kept._kept) == MOST_KEPT
+    del made[:]
+    write(1)
+    assert made == []
+    write(2)
+    assert made == [2]
+    assert len(kept.recent[None, "skip"]) == MOST_RECENT

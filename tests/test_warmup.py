@@ -23,17 +23,18 @@ def test_one_line_for_each_pair_of_types():
 
 
 def test_compiles_on_the_device_that_is_asked_for(monkeypatch):
-    from pagedcache.backend.cpu import CpuDevice
-
     asked = []
-    operator = CpuDevice.operator
+    implement = pc.Descriptor._implement
     monkeypatch.setattr(
-        CpuDevice, "operator", lambda self, name, info: asked.append((name, info))
-        or operator(self, name, info),
-    )  # fmt: skip
+        pc.Descriptor,
+        "_implement",
+        lambda self, info, device, report: (
+            asked.append((info, device.name)) or implement(info, device, report)
+        ),
+    )
     pc.warmup("cpu", dtypes=["float32"])
-    assert [name for name, _ in asked] == ["paged_caching"] * 2
-    assert [str(info.slot_dtype) for _, info in asked] == ["int64", "int32"]
+    assert [str(info.slot_dtype) for info, _ in asked] == ["int64", "int32"]
+    assert {(str(info.dtype), device) for info, device in asked} == {("float32", "cpu")}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,11 @@ def test_compiles_on_the_device_that_is_asked_for(monkeypatch):
     [
         ({"device": "tpu"}, ValueError, "tpu"),
         ({"dtypes": ["float64"]}, TypeError, "float64"),
-        ({"dtypes": ["bfloat17"]}, TypeError, "dtypes must be a dtype or its name, got 'bfloat17'"),
+        (
+            {"dtypes": ["bfloat17"]},
+            TypeError,
+            "dtypes must be a dtype or the name of one, got 'bfloat17'",
+        ),
         ({"slot_dtypes": ["int16"]}, TypeError, "slot_mapping must be int64 or int32"),
     ],
 )

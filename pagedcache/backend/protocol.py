@@ -1,28 +1,25 @@
-"""What a backend is: the shape that `pagedcache.backend.registry` loads and handles hold.
+# SPDX-License-Identifier: Apache-2.0
+"""What backends, devices, reports and implementations are.
 
-A backend serves one type of device. It opens devices, and a device makes the implementation of an
-operator from that operator's info. An implementation is opaque to the interface layer: it gets
-addresses and counts, and keeps whatever its hardware needs to itself. What the interface asks of an
-implementation stands last here, a protocol for each operator.
+A backend serves one type of device and opens devices. On a device, an implementation of an operator
+runs what the operator's info describes. It gets addresses and a number of rows, never arrays.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-from pagedcache.status import NotSupportedError
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from pagedcache.info import InvalidSlots
     from pagedcache.tensors import Array
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
-    """Geometry of one launch, as CUDA counts it.
+    """The geometry of one launch, as CUDA counts it.
 
     Attributes
     ----------
@@ -37,31 +34,88 @@ class LaunchConfig:
     shared_mem: int = 0
 
 
-class Device(Protocol):
-    """An opened device of a backend."""
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """What is known of invalid indices, such as slots outside a cache.
 
-    name: str  # canonical, as arrays on it are named: "cpu", "cuda:0"
+    Attributes
+    ----------
+    count : int
+        How many there were.
+    row, value : int
+        The lowest row that had one, and the earliest value that it had.
+    """
+
+    count: int
+    row: int
+    value: int
+
+    def joined(self, later: Invalid) -> Invalid:
+        """Return what is known of both."""
+        first = self if self.row <= later.row else later
+        return Invalid(self.count + later.count, first.row, first.value)
+
+
+class Report(Protocol):
+    """Where an implementation writes down invalid indices. Threads may share one.
+
+    Attributes
+    ----------
+    streams : dict
+        The handles of the streams that wrote to it since `take`, and what keeps each alive.
+    """
+
+    streams: dict[int, Any]
+
+    def take(self) -> Invalid | None:
+        """Wait for these streams; return and forget what was written down.
+
+        Raises
+        ------
+        NotSupportedError
+            One of the streams is being captured.
+        LaunchError
+            Something that was queued on them failed.
+        """
+
+
+class Device(Protocol):
+    """An open device of a backend.
+
+    Attributes
+    ----------
+    kind : str
+        The device type, as it is registered: ``"cpu"``, ``"cuda"``.
+    name : str
+        As arrays on it are named: ``"cpu"``, ``"cuda:0"``.
+    """
+
+    kind: str
+    name: str
 
     def describe(self) -> str:
         """Return one line that tells a person what this device is."""
 
     def limits_table(self) -> list[tuple[str, str]]:
-        """Return what the device says of itself, as rows of a table."""
+        """Return what the device says about itself, as the rows of a table."""
+
+    def current_stream(self) -> int:
+        """Return the handle of the stream to use if the caller names none."""
 
     def stream(self, stream: Any) -> int:
-        """Return the handle of a stream; ``None`` is the array library's current one.
+        """Return the handle of a stream.
 
         Raises
         ------
         BadParamError
-            It is no stream, or one of another device.
+            It is not a stream, or belongs to another device.
         """
 
     def capturing(self, stream: int) -> bool:
-        """Tell whether what is queued on a stream is captured into a graph instead of run."""
+        """Return whether work that is queued on a stream is captured into a graph, not run."""
 
     def read(self, address: int, size: int, stream: int) -> Array:
-        """Return a copy of `size` bytes of the device, once all that is queued on `stream` is done.
+        """Return a copy of `size` bytes, once everything that is queued on `stream` is done.
 
         Raises
         ------
@@ -69,69 +123,71 @@ class Device(Protocol):
             Something that was queued before failed.
         """
 
-    def operator(self, name: str, info: Any) -> Any:
-        """Return the implementation of operator `name` for `info`.
+    def report(self, *, read: bool = True) -> Report:
+        """Return an empty report; with ``read=False`` one that nobody will read."""
+
+    def operator(self, name: str) -> Callable[[Any, Device, Report], Implementation]:
+        """Return the device's own implementation of an operator.
+
+        Asked only if the operator brings none for this type of device.
 
         Raises
         ------
         NotSupportedError
-            The backend does not have this operator.
+            There is none.
         """
 
 
 class Backend(Protocol):
-    """Serves one type of device. Constructed without arguments, once, when first needed."""
+    """Serves one type of device. Created without arguments when it is first needed."""
 
     def check(self) -> None:
-        """Raise the `PagedCacheError` that tells why nothing here can be used, if so."""
+        """Raise the `PagedCacheError` that says why no device can be used here, if none can."""
 
     def open(self, index: int | None) -> Device:
         """Return device `index`; ``None`` is the one that the array library would use now."""
 
 
-# Takes the addresses of K cache, V cache, K, V, slot mapping and workspace, and a stream.
-Writer = Callable[[int, int, int, int, int, int, Any], None]
+Self = TypeVar("Self", bound="Implementation")
 
 
-class PagedCaching(Protocol):
-    """An implementation of ``"paged_caching"``, made from a `pagedcache.info.PagedCachingInfo`.
-
-    Any number of threads may use one at once.
-    """
-
-    workspace_size: int  # bytes of scratch memory that a call needs
-
-    def launch_config(self, num_tokens: int) -> LaunchConfig:
-        """Return the launch that a write of `num_tokens` tokens makes."""
-
-    def writer(self, num_tokens: int) -> Writer:
-        """Return a function that queues a write of `num_tokens` tokens, one or more.
-
-        Addresses are those of tensors as the info describes them, aligned to their item size.
-        Negative slots are skipped; those at or past the end are skipped and counted.
-        """
-
-    def invalid_slots(self, stream: int | None) -> InvalidSlots | None:
-        """Wait for a stream, or with ``None`` for the device; tell and forget what was counted."""
-
-
-def load_operator(package: str, operators: Mapping[str, str], name: str) -> Any:
-    """Import the class that implements an operator.
+class Implementation:
+    """An operator on a device, for one info. Any number of threads may use one at a time.
 
     Parameters
     ----------
-    package : str
-        Of the backend.
-    operators : mapping
-        From the operator's name to ``"module:Class"`` inside that package.
-    name : str
+    info : object
+        What the operator's create function found out about its tensors.
+    device : Device
+    report : Report
 
-    Raises
-    ------
-    NotSupportedError
-        The backend does not have this operator.
+    Attributes
+    ----------
+    workspace_size : int
+        Bytes of scratch memory on the device that a call needs.
+    run : callable
+        Queues a call with one or more rows on a stream. Takes the number of rows, the address of
+        each tensor in the order of the operator's rules, the handle of the stream and, if
+        `workspace_size` is not 0, the address of the workspace. What is behind the addresses is as
+        the info describes it and aligned to its item size.
     """
-    if name not in operators:
-        raise NotSupportedError(f"operator {name!r}", f"is not in the backend {package}")
-    module, _, attribute = operators[name].partition(":")
-    return getattr(importlib.import_module(f".{module}", package), attribute)
+
+    workspace_size = 0
+    run: Callable[..., None]
+
+    def __init__(self, info: Any, device: Any, report: Any) -> None:
+        raise NotImplementedError
+
+    def launch_config(self, rows: int) -> LaunchConfig:
+        """Return the launch that a call with this many rows makes."""
+        raise NotImplementedError
+
+    def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
+        """Return a function of a stream that runs on these rows of these tensors each time."""
+        return functools.partial(self.run, rows, *addresses)
+
+    def reporting_to(self: Self, report: Any) -> Self:
+        """Return the same with another report."""
+        other = copy.copy(self)
+        other._report = report  # type: ignore[attr-defined]
+        return other

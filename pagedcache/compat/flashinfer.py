@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagedcache.arrays import adopt, part
-from pagedcache.interface.one_call import paged_caching
+from pagedcache.arrays.find import adopt, part
+from pagedcache.operators.paged_caching.one_call import paged_caching
 from pagedcache.status import BadParamError, BadTensorDtypeError, BadTensorShapeError, shown
 
 

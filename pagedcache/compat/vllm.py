@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagedcache.interface.one_call import paged_caching
+from pagedcache.operators.paged_caching.one_call import paged_caching
 from pagedcache.status import NotSupportedError, shown
 
 

@@ -1,27 +1,30 @@
-"""The CPU backend: NumPy. The default without a GPU, and the specification for the others."""
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU backend: NumPy. The default without a GPU, and the specification of the others."""
 
 from __future__ import annotations
 
 import platform
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagedcache.backend.protocol import load_operator
-from pagedcache.status import DeviceNotFoundError
+from pagedcache.locks import Lock
+from pagedcache.status import DeviceNotFoundError, NotSupportedError
 from pagedcache.tensors import Array, view
 
-OPERATORS = {"paged_caching": "paged_caching:PagedCaching"}
+if TYPE_CHECKING:
+    from pagedcache.backend.protocol import Invalid
 
 
 class CpuBackend:
-    """Serves ``"cpu"``, which is always there."""
+    """Serves ``"cpu"``, which is always available."""
 
     def check(self) -> None:
-        """Return: NumPy is a dependency of the package."""
+        """Return at once, since NumPy is a dependency of the package."""
 
     def open(self, index: int | None) -> CpuDevice:
-        """Return the one CPU device.
+        """Return the CPU.
 
         Raises
         ------
@@ -29,13 +32,15 @@ class CpuBackend:
             `index` is neither ``None`` nor 0.
         """
         if index not in (None, 0):
-            raise DeviceNotFoundError("device", "must be 'cpu', there is only one", f"cpu:{index}")
+            rule = "must be 'cpu' or 'cpu:0', because there is only one"
+            raise DeviceNotFoundError("device", rule, f"cpu:{index}")
         return CpuDevice()
 
 
 class CpuDevice:
     """The host and its memory."""
 
+    kind = "cpu"
     name = "cpu"
 
     def describe(self) -> str:
@@ -46,12 +51,16 @@ class CpuDevice:
         """Return nothing: the CPU sets no limits."""
         return []
 
+    def current_stream(self) -> int:
+        """Return 0: the CPU has no streams."""
+        return 0
+
     def stream(self, stream: object) -> int:
         """Return 0: the CPU has no streams."""
         return 0
 
     def capturing(self, stream: int) -> bool:
-        """Return ``False``: on the CPU nothing is captured."""
+        """Return ``False``: nothing is captured on the CPU."""
         return False
 
     def read(self, address: int, size: int, stream: int) -> Array:
@@ -59,6 +68,30 @@ class CpuDevice:
         data: Array = view(address, np.dtype(np.uint8), (size,), (1,)).copy()
         return data
 
-    def operator(self, name: str, info: Any) -> Any:
-        """Return the implementation of an operator."""
-        return load_operator(__name__, OPERATORS, name)(info)
+    def report(self, *, read: bool = True) -> CpuReport:
+        """Return an empty report."""
+        return CpuReport()
+
+    def operator(self, name: str) -> Callable[..., Any]:
+        """Raise: the CPU has the implementations that operators bring."""
+        raise NotSupportedError(f"operator {name!r}", "is not implemented on the CPU")
+
+
+class CpuReport:
+    """What is known of invalid indices."""
+
+    def __init__(self) -> None:
+        self.streams: dict[int, Any] = {}
+        self._found: Invalid | None = None
+        self._lock = Lock()
+
+    def add(self, found: Invalid) -> None:
+        """Add what one call found."""
+        with self._lock:
+            self._found = found if self._found is None else self._found.joined(found)
+
+    def take(self) -> Invalid | None:
+        """Return and forget what was added."""
+        with self._lock:
+            found, self._found = self._found, None
+        return found

@@ -1,20 +1,28 @@
-"""The NVIDIA backend: kernels compiled by NVRTC through CuPy. CuPy is imported by `check`."""
+# SPDX-License-Identifier: Apache-2.0
+"""The NVIDIA backend: kernels compiled by NVRTC through CuPy. CuPy is imported by `check`.
+
+- `driver`: calls to the driver that CuPy does not offer
+- `context`: a GPU as the current device: streams, waiting, copying, errors
+- `source`, `parameters`: CUDA source, and the structs that it declares
+- `launch`: one launch
+- `report`: what kernels report, and how the host takes it
+- `device`: limits, compiling, and all of the above as one object
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib.metadata
-import sys
 from typing import TYPE_CHECKING, Any
 
-from pagedcache.backend.nvidia import fork
+from pagedcache.backend.nvidia import driver, fork
 from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, MissingLibraryError
 
 if TYPE_CHECKING:
     from pagedcache.backend.nvidia.device import CudaDevice
 
+_INITIALIZATION_ERROR = 3  # cudaErrorInitializationError
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 _CUPY_WHEELS = ("cupy", *(f"cupy-cuda{major}x" for major in range(11, 20)))
 INSTALL = "pip install 'pagedcache[cuda13]' or, for a CUDA 12 driver, 'pagedcache[cuda12]'"
@@ -24,16 +32,16 @@ class NvidiaBackend:
     """Serves ``"cuda"``."""
 
     def check(self) -> None:
-        """Look for one CuPy and the driver, and ask for a device and NVRTC.
+        """Look for one CuPy, the driver, a GPU and NVRTC.
 
         Raises
         ------
         MissingLibraryError
             CuPy or NVRTC cannot be loaded, or two CuPys are installed.
         DeviceNotInitializedError
-            There is no usable driver, or this process was forked from one that used CUDA.
+            There is no usable driver, or this process was forked from one that had used CUDA.
         DeviceNotFoundError
-            The driver sees no GPU.
+            The driver finds no GPU.
         """
         if fork.forked():
             raise DeviceNotInitializedError("backend cuda", fork.RULE)
@@ -50,7 +58,7 @@ class NvidiaBackend:
         DeviceNotFoundError
             There is no such GPU.
         DeviceArchitectureNotSupportedError
-            It cannot run 512 threads in a block.
+            Its compute capability is below 7.0, or it cannot run 512 threads in a block.
         """
         count = _count_devices()
         current: int = import_cupy().cuda.runtime.getDevice()
@@ -62,23 +70,22 @@ class NvidiaBackend:
 
 @functools.cache
 def _check_driver() -> None:
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        ctypes.CDLL(name)
+        driver.library()
     except OSError as error:
-        rule = f"needs the NVIDIA driver, which is not on this machine ({error})"
+        rule = f"needs the NVIDIA driver, which is not installed on this machine ({error})"
         raise DeviceNotInitializedError("backend cuda", rule) from error
 
 
 @functools.cache
 def _check_one_cupy() -> None:
-    """Refuse two wheels of CuPy, which overwrite each other's files and then fail anyhow."""
+    """Raise if two wheels of CuPy are installed, which overwrite each other's files."""
     wheels = []
-    for name in _CUPY_WHEELS:  # by name, since to read what all packages are called takes 0.1 s
+    for name in _CUPY_WHEELS:  # by name, since listing all installed packages takes 0.1 s
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             wheels.append(importlib.metadata.distribution(name).metadata["Name"])
     if len(wheels) > 1:
-        rule = "needs one CuPy; uninstall all of them, then install one"
+        rule = "needs exactly one CuPy; uninstall all of them, then install one"
         raise MissingLibraryError("backend cuda", rule, " and ".join(wheels))
 
 
@@ -88,7 +95,7 @@ def import_cupy() -> Any:
     Raises
     ------
     MissingLibraryError
-        It is not installed, or it fails to import; the message says what to do.
+        It is not installed, or importing it fails. The message says what to do.
     """
     try:
         import cupy
@@ -108,8 +115,10 @@ def _count_devices() -> int:
     try:
         count: int = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
+        if error.status == _INITIALIZATION_ERROR:  # another library used CUDA before the fork
+            raise DeviceNotInitializedError("backend cuda", fork.RULE) from error
         if error.status == _INSUFFICIENT_DRIVER:
-            rule = f"needs a newer NVIDIA driver, or CuPy for an older CUDA ({error})"
+            rule = f"needs a newer NVIDIA driver, or a CuPy for an older CUDA ({error})"
             raise DeviceNotInitializedError("backend cuda", rule) from error
         raise DeviceNotFoundError("backend cuda", f"found no usable GPU ({error})") from error
     return count

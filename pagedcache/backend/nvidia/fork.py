@@ -1,12 +1,13 @@
-"""Whether this process was forked from one that used CUDA, which CUDA does not survive."""
+# SPDX-License-Identifier: Apache-2.0
+"""Whether this process was forked from one that had used CUDA, which CUDA does not survive."""
 
 from __future__ import annotations
 
 import os
 
 RULE = (
-    "was in use before this process was forked, and CUDA does not survive that; start processes "
-    "with multiprocessing's 'spawn' method, or use CUDA in them only"
+    "cannot be used in a process that was forked after CUDA was initialized; start processes with "
+    "multiprocessing's 'spawn' method, or use CUDA only in them"
 )
 
 _user: int | None = None
@@ -20,5 +21,5 @@ def note_use() -> None:
 
 
 def forked() -> bool:
-    """Tell whether CUDA was in use when this process was forked."""
+    """Return whether this process was forked from one that had used CUDA through this package."""
     return _user not in (None, os.getpid())

@@ -1,39 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
 """One launch: the kernel's parameters in memory, and the call that hands them to the driver.
 
-Two ways lead there. ``cuLaunchKernelEx``, called through ctypes, can ask for programmatic dependent
-launch (PDL): the kernel may be set up while the one before it on the stream still runs, which saves
-a quarter of a microsecond of GPU time, and the kernel itself waits for that one to be complete
-(``griddepcontrol.wait``). CuPy's ``cuLaunchKernel`` cannot, and is the way that always works.
+The call is ``cuLaunchKernelEx``, because only it can ask for programmatic dependent launch (PDL):
+the kernel may be set up while the one before it on the stream still runs, which saves a quarter of
+a microsecond of GPU time, and the kernel itself waits for that one (``griddepcontrol.wait``).
 
-ctypes rather than cuda-bindings: the same call took 3.2 us instead of 3.8 (H200, driver 580), and
-the driver is there whenever a GPU is, so nothing more has to be installed.
+It is called through ctypes rather than cuda-bindings, which took 3.8 us instead of 3.2 (H200,
+driver 580) and would have to be installed.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import cupy
 from cupy.cuda import driver, runtime
 
-from pagedcache.backend.nvidia import fork
-from pagedcache.status import LaunchError
+from pagedcache.backend.nvidia.context import failure
+from pagedcache.backend.nvidia.driver import library
 
-_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED, cudaErrorInitializationError
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-# Errors of a kernel or of the hardware, after which a context refuses everything: ECC (214), NVLink
-# (220), address, time-out, peer, assert (700 to 710), stack, instruction, alignment, address space,
-# program counter, failure (714 to 719). The runtime's numbers are the same.
-_CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
-CAPTURE = range(900, 908)  # what a stream capture does not allow
-NOT_CAPTURED = "cannot be done while a stream is captured"
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of cuda.h: the value is a union of 64 bytes."""
+    """CUlaunchAttribute of cuda.h; the value is a union of 64 bytes."""
 
     _fields_ = (
         ("id", ctypes.c_uint),
@@ -60,10 +53,10 @@ class _Config(ctypes.Structure):
 
 
 class Launch:
-    """A launch of one function with one argument, a struct of 8-byte words that is passed by value.
+    """A launch of a function with one argument, a struct that is passed by value.
 
-    The driver copies the words before `run` returns, so a `Launch` can be used again at once, but
-    by one thread at a time.
+    The driver copies the struct before `run` returns, so a launch can be used again at once, but by
+    one thread at a time.
 
     Parameters
     ----------
@@ -73,17 +66,18 @@ class Launch:
         CUfunction.
     rows, threads : int
         Rows of blocks in the grid, and threads in a block.
-    words : sequence of int
-        The argument, as it is before the caller writes into `words`.
+    parameters : ctypes.Structure
+        Copied.
     programmatic : bool
         Whether to ask for programmatic dependent launch.
 
     Attributes
     ----------
-    words : ctypes array
+    parameters : ctypes.Structure
+        The argument, to be changed between launches.
     run : callable
-        Queues the launch: takes the number of blocks in a row, and the handle of a stream. Raises
-        `LaunchError` if the driver refuses it.
+        Queues the launch. Takes the number of blocks in a row and the handle of a stream, and
+        raises `LaunchError` if the driver refuses.
     """
 
     run: Callable[[int, int], None]
@@ -94,16 +88,35 @@ class Launch:
         function: int,
         rows: int,
         threads: int,
-        words: Sequence[int],
+        parameters: ctypes.Structure,
         *,
         programmatic: bool,
     ) -> None:
-        self.words = (ctypes.c_uint64 * len(words))(*words)
-        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.words))
+        self.parameters = type(parameters).from_buffer_copy(parameters)
+        self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(self.parameters))
         self._device = device
-        way = self._programmatic if programmatic else self._plain
-        self._queue = way(function, rows, threads)
+        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self._config = _Config(
+            1, rows, 1, threads, 1, 1, 0, None, ctypes.addressof(self._attribute), int(programmatic)
+        )
+        self._queue = self._make_queue(function)
         self.run = self._queue if runtime.getDeviceCount() == 1 else self._run_on_its_device
+
+    def _make_queue(self, function: int) -> Callable[[int, int], None]:
+        # A closure, since each attribute that it did not have to look up is worth 20 ns.
+        launch, config, refused = library().cuLaunchKernelEx, self._config, self._refused
+        addresses = (ctypes.addressof(config), function, ctypes.addressof(self._arguments))
+        # ctypes would convert ints and c_void_p alike to these at each call.
+        pointers = (*map(ctypes.c_void_p.from_param, addresses), None)
+
+        def queue(blocks: int, stream: int) -> None:
+            config.grid_x = blocks
+            config.stream = stream
+            if status := launch(*pointers):
+                refused(driver.CUDADriverError(status), blocks, stream)
+
+        return queue
 
     def _run_on_its_device(self, blocks: int, stream: int) -> None:
         try:
@@ -115,77 +128,13 @@ class Launch:
         except runtime.CUDARuntimeError as error:
             raise failure("launch", self._device, error) from error
 
-    def _plain(self, function: int, rows: int, threads: int) -> Callable[[int, int], None]:
-        launch, arguments = driver.launchKernel, ctypes.addressof(self._arguments)
-
-        def queue(blocks: int, stream: int) -> None:
-            try:
-                launch(function, blocks, rows, 1, threads, 1, 1, 0, stream, arguments, 0)
-            except driver.CUDADriverError as error:
-                self._refused(error, blocks, stream)
-
-        return queue
-
-    def _programmatic(self, function: int, rows: int, threads: int) -> Callable[[int, int], None]:
-        launch = launch_extended()
-        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
-        self._attribute.value[0] = 1
-        attribute = ctypes.addressof(self._attribute)
-        config = self._config = _Config(1, rows, 1, threads, 1, 1, 0, None, attribute, 1)
-        # Converted once, to what ctypes makes at every call of ints and of c_void_p alike.
-        addresses = (ctypes.addressof(config), function, ctypes.addressof(self._arguments))
-        pointers = (*map(ctypes.c_void_p.from_param, addresses), None)
-
-        def queue(blocks: int, stream: int) -> None:
-            config.grid_x = blocks
-            config.stream = stream
-            if status := launch(*pointers):
-                self._refused(driver.CUDADriverError(status), blocks, stream)
-
-        return queue
-
     def _refused(self, error: Any, blocks: int, stream: int) -> None:
-        """Launch again in a thread that never called CUDA, and so had no context; else raise."""
+        """Launch again if this thread had no context because it never called CUDA; else raise."""
         try:
             if error.status == _NO_CONTEXT and not driver.ctxGetCurrent():
-                runtime.setDevice(self._device)  # after which there is one
+                runtime.setDevice(self._device)  # which makes one current
                 self._queue(blocks, stream)
                 return
         except runtime.CUDARuntimeError as again:
             error = again
         raise failure("launch", self._device, error) from error
-
-
-def failure(what: str, device: int, error: Any) -> LaunchError:
-    """Return the error to raise where CUDA refused `what`, with whose fault it is.
-
-    Parameters
-    ----------
-    what : str
-        The step that was refused.
-    device : int
-    error : CUDADriverError or CUDARuntimeError
-    """
-    if error.status == _NOT_INITIALIZED and fork.forked():
-        return LaunchError(f"cuda:{device}", fork.RULE)
-    if error.status in _CONTEXT_IS_LOST:
-        rule = (
-            f"on cuda:{device} was refused because work that was queued before it failed "
-            f"({error}); this process cannot use the GPU any more, start a new one"
-        )
-        return LaunchError(what, rule)
-    if error.status in CAPTURE:
-        return LaunchError(f"{what} on cuda:{device}", f"{NOT_CAPTURED} ({error})")
-    return LaunchError(what, f"on cuda:{device} failed: {error}")
-
-
-def launch_extended() -> Callable[..., int]:
-    """Return the driver's ``cuLaunchKernelEx``.
-
-    Raises
-    ------
-    OSError, AttributeError
-        There is no driver, or it is older than CUDA 11.8.
-    """
-    # CDLL, not PyDLL: a launch may wait for room in the queue, and must not hold the GIL then.
-    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx

@@ -1,32 +1,58 @@
-"""Where the CUDA source is: package data in a wheel, the top-level folder in a checkout."""
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA source: where it is, what it includes, and the structs that it declares."""
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 from pagedcache.status import InternalError
 
 _PACKAGE = Path(__file__).parents[2]
-# An editable install has no copy inside the package and reads the checkout's.
+# Package data in a wheel. An editable install has no copy and reads the one of the checkout.
 _PLACES = (_PACKAGE / "cuda_src", _PACKAGE.parent / "cuda_src")
+_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
 
 def folder() -> Path:
-    """Return the folder of the CUDA source.
+    """Return the folder of this package's CUDA source.
 
     Raises
     ------
     InternalError
-        The installation lost it.
+        It is not part of this installation.
     """
     for place in _PLACES:
         if place.is_dir():
             return place
-    raise InternalError("cuda_src", f"must be at {' or '.join(map(str, _PLACES))}", "nothing")
+    raise InternalError("cuda_src", f"must be at {' or '.join(map(str, _PLACES))}; reinstall")
 
 
 @functools.cache
-def read(file: str) -> str:
-    """Return the text of one source file. It includes nothing, so this is the whole program."""
-    return (folder() / file).read_text(encoding="utf-8")
+def read(file: str | Path) -> str:
+    """Return a source file with the files that it includes, each once.
+
+    One string is the whole program, since CuPy finds a compiled program again by its text, and
+    would not notice that a file which the text includes has changed.
+
+    Parameters
+    ----------
+    file : str or Path
+        The name of a file of this package, or the path of any other. What it includes is looked for
+        beside it, and then in this package.
+    """
+    seen: set[Path] = set()
+
+    def inlined(path: Path) -> str:
+        if path in seen:
+            return ""
+        seen.add(path)
+        return _INCLUDE.sub(lambda match: inlined(beside(path, match[1])), path.read_text("utf-8"))
+
+    def beside(path: Path, name: str) -> Path:
+        own = path.parent / name
+        return own if own.exists() else folder() / name
+
+    path = Path(file)
+    return inlined(path if path.is_absolute() else folder() / path)

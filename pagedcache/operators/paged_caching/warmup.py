@@ -1,4 +1,5 @@
-"""Compiling ahead of time, so that nothing has to be compiled when it would be too late."""
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling ahead of time, for when compiling later would be too late."""
 
 from __future__ import annotations
 
@@ -6,26 +7,26 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from pagedcache.backend.handle import Handle
 from pagedcache.dtypes import Dtype, as_dtype
-from pagedcache.info import DTYPES, SLOT_DTYPES
-from pagedcache.interface.descriptor import Descriptor
-from pagedcache.interface.handle import Handle
+from pagedcache.operators.paged_caching.descriptor import Descriptor
+from pagedcache.operators.paged_caching.info import DTYPES, SLOT_DTYPES
 from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
 
 
 @dataclass(frozen=True, slots=True)
 class WarmedUp:
-    """What one step of `warmup` made ready.
+    """What one step of `warmup` prepared.
 
     Attributes
     ----------
     device : str
         ``"cuda:0"``.
     dtype, slot_dtype : str
-        The kernels are for these types, and for all shapes, strides and layouts.
+        The kernels are for these types, with any shapes, strides and layout.
     seconds : float
-        What it took: about 0.1 if it was compiled, 0.02 if it was in the cache on disk.
+        How long it took: about 0.1 s if it was compiled, 0.02 s if it was in the cache on disk.
     """
 
     device: str
@@ -46,28 +47,28 @@ def warmup(
 ) -> list[WarmedUp]:
     """Compile the kernels, or load them from the cache on disk, and open the device.
 
-    After this, a descriptor for any shape is made without compiling, also while a stream is
-    captured into a CUDA graph, which forbids compiling.
+    After this, descriptors for any shape are created without compiling, also while a stream is
+    being captured into a CUDA graph, when compiling is not possible.
 
     Parameters
     ----------
     device : str, optional
-        As for `Handle`. Not given: CUDA's current device if it is usable here, else the CPU, where
-        nothing needs to be compiled.
+        See `Handle`. By default, CUDA's current device if it is usable here, else the CPU, where
+        nothing has to be compiled.
     dtypes : iterable of dtype-like
-        Of K, V and the caches. Not given: float16, bfloat16 and float32.
+        Of K, V and the caches. By default, float16, bfloat16 and float32.
     slot_dtypes : iterable of dtype-like
-        Not given: int64 and int32.
+        By default, int64 and int32.
 
     Returns
     -------
     list of WarmedUp
-        One for each pair of types; made to be printed.
+        One for each pair of types, to be printed.
 
     Raises
     ------
     PagedCacheError
-        As `Handle` and `Descriptor.create`.
+        See `Handle` and `Descriptor.create`.
     """
     return list(warming_up(device, dtypes=dtypes, slot_dtypes=slot_dtypes))
 
@@ -75,7 +76,7 @@ def warmup(
 def warming_up(
     device: str | None, *, dtypes: Iterable[object], slot_dtypes: Iterable[object]
 ) -> Iterator[WarmedUp]:
-    """Do what `warmup` does, and tell of each step when it is done."""
+    """Do what `warmup` does, and yield each step when it is done."""
     kinds, slots = _dtypes("dtypes", dtypes), _dtypes("slot_dtypes", slot_dtypes)
     handle = Handle(device)
     for dtype in kinds:

@@ -1,14 +1,15 @@
-"""Descriptors in words: where a slot is, and what a descriptor was made for."""
+# SPDX-License-Identifier: Apache-2.0
+"""Where a slot is, in words."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pagedcache.display import as_html, as_text
+
 if TYPE_CHECKING:
-    from pagedcache.info import PagedCachingInfo
+    from pagedcache.operators.paged_caching.info import PagedCachingInfo
 
 _MOST_RANGES = 4  # in print
 
@@ -21,17 +22,18 @@ class SlotExplanation:
     ----------
     slot : int
     kind : {"valid", "padding", "invalid"}
-        Padding is negative and skipped; an invalid slot is at or past the end and never written.
+        A negative slot is padding and is skipped; an invalid slot is outside the cache and is never
+        written.
     capacity : int
-        Number of slots of the cache.
+        Number of slots in the cache.
     token : int or None
-        Index in the slot mapping, where one was given.
+        Index in the slot mapping, if one was given.
     block, offset : int or None
         ``slot // block_size`` and ``slot % block_size`` of a valid slot.
     k_ranges, v_ranges : tuple of (int, int)
-        First byte and the one behind the last, counted from the start of each cache, of the rows of
-        the slot: one range for all KV heads where they lie side by side, else one for each. Empty
-        if not valid.
+        The first byte and the one after the last, counted from the start of each cache, of the rows
+        of the slot: one range for all KV heads if they are contiguous, else one for each. Empty
+        unless the slot is valid.
     """
 
     slot: int
@@ -54,12 +56,12 @@ class SlotExplanation:
         return cls(slot, "valid", info.num_slots, token, block, offset, *ranges)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return what there is to tell, as rows of a table."""
+        """Return the explanation as the rows of a table."""
         table = [] if self.token is None else [("token", str(self.token))]
         meaning = {
             "valid": "",
-            "padding": ": padding, skipped",
-            "invalid": f": invalid, never written; the cache has {self.capacity} slots",
+            "padding": ": padding, which is skipped",
+            "invalid": f": invalid, since the cache has {self.capacity} slots; never written",
         }
         table.append(("slot", f"{self.slot}{meaning[self.kind]}"))
         if self.kind == "valid":
@@ -96,19 +98,3 @@ def _spans(ranges: tuple[tuple[int, int], ...]) -> str:
     if len(ranges) > _MOST_RANGES:
         spans.append(f"... ({len(ranges)} KV heads)")
     return "; ".join(spans)
-
-
-def as_text(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of two columns as plain text."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
-
-
-def as_html(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a table of two columns as static HTML."""
-    cells = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table>{cells}</table>"

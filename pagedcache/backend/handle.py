@@ -1,4 +1,5 @@
-"""A handle: the device that descriptors are made for."""
+# SPDX-License-Identifier: Apache-2.0
+"""A handle: the device that operations are created for."""
 
 from __future__ import annotations
 
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """A device, opened and asked for its limits.
+    """An open device.
 
     Parameters
     ----------
     device : str, optional
-        ``"cpu"``, ``"cuda"`` (CuPy's current device) or ``"cuda:1"``, or a type that another
-        package's backend serves. Not given: CUDA if it is usable here, else the CPU.
+        ``"cpu"``, ``"cuda"`` (CuPy's current device), ``"cuda:1"``, or a device of a type that
+        another package has registered. By default, CUDA if it is usable here, else the CPU.
 
     Attributes
     ----------
     device : str
-        The canonical name: ``"cpu"``, ``"cuda:0"``.
+        The full name, such as ``"cpu"`` or ``"cuda:0"``.
 
     Raises
     ------
@@ -39,14 +40,15 @@ class Handle:
     DeviceNotFoundError
         There is no device with this index.
     DeviceNotInitializedError
-        The backend cannot work here: no CuPy, no driver, no NVRTC. The message says what to do.
+        The backend cannot be used here: CuPy, the driver or NVRTC is missing. The message says what
+        to do.
     DeviceArchitectureNotSupportedError
-        The device is below what the kernels need.
+        The device is older or smaller than the kernels require.
 
     Notes
     -----
-    Handles are immutable but for `destroy` and may be shared by threads. Opening a CUDA device
-    creates its primary context; do not ``fork`` after that.
+    A handle may be shared by threads; only `destroy` changes it. Opening a CUDA device creates its
+    primary context, after which the process must not ``fork``.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -55,7 +57,7 @@ class Handle:
         self.device = self._device.name
 
     def destroy(self) -> None:
-        """Let go of the device. Descriptors that were made with this handle keep working."""
+        """Release the device. Descriptors that were created with this handle keep working."""
         self._device = None
 
     def opened(self) -> Device:
@@ -67,7 +69,7 @@ class Handle:
             After `destroy`.
         """
         if self._device is None:
-            raise DestroyedError("handle", "must not be used after destroy")
+            raise DestroyedError("handle", "has been destroyed and cannot be used any more")
         return self._device
 
     def __repr__(self) -> str:
@@ -90,11 +92,12 @@ def parse_device(subject: str, device: object) -> tuple[str, int | None]:
     Raises
     ------
     BadParamTypeError, BadParamError
-        Not a string, or not of that form.
+        `device` is not a string, or not of this form.
     """
     if not isinstance(device, str):
-        raise BadParamTypeError(subject, "must be a str such as 'cpu' or 'cuda:0'", shown(device))
+        rule = "must be a string such as 'cpu' or 'cuda:0'"
+        raise BadParamTypeError(subject, rule, shown(device))
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?::(\d{1,9}))?", device)
     if match is None:
-        raise BadParamError(subject, "must read like 'cpu' or 'cuda:0'", shown(device))
+        raise BadParamError(subject, "must be of the form 'cpu' or 'cuda:0'", shown(device))
     return match[1], None if match[2] is None else int(match[2])

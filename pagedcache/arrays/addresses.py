@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw addresses in place of arrays, as the C interface has them. They are trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pagedcache.arrays.library import Library
+
+if TYPE_CHECKING:
+    from pagedcache.tensors import Expected
+
+BITS = 63  # of an address
+
+
+class Addresses(Library):
+    """Ints that are addresses of data which looks as expected."""
+
+    recognised = True
+
+    def conditions(
+        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+    ) -> list[str]:
+        """Return expressions that are true of addresses."""
+        names = [one.name for one in expected]
+        types = " is ".join(f"type({name})" for name in names)
+        return [f"{types} is int", f"not ({' | '.join(names)}) >> {BITS}"]
+
+    def address(self, name: str) -> str:
+        """Return an expression for the address."""
+        return name
+
+    def rows(self, expected: Expected, constants: dict[str, Any]) -> str:
+        """Return the number of rows that there were when the descriptor was created."""
+        constants["rows"] = expected.shape[0]
+        return "rows"
+
+    def enough(self, expected: Expected, constants: dict[str, Any]) -> list[str]:
+        """Return no condition: that there are so many rows is trusted."""
+        return []
+
+
+ADDRESSES = Addresses()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CuPy arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pagedcache.arrays.library import Library
+from pagedcache.arrays.numpy import looks, shape_is
+from pagedcache.tensors import Expected, Tensor
+
+CONTIGUOUS = "_c_contiguous"
+"""Of an array. Not documented; CuPy keeps it, and builds a tuple of strides at each request."""
+
+
+class Cupy(Library):
+    """Arrays of CuPy. Their stream is the backend's own.
+
+    Parameters
+    ----------
+    cupy : module
+    """
+
+    recognised = True
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def read(self, subject: str, array: Any) -> Tensor:
+        """Return address, dtype, shape, strides and device of an array, without a copy."""
+        memory = array.data
+        device = f"cuda:{memory.device_id}"
+        return Tensor(memory.ptr, array.dtype, array.shape, array.strides, device, writable=True)
+
+    def conditions(
+        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+    ) -> list[str]:
+        """Return expressions that are true of arrays that look as expected."""
+        several = self._cupy.cuda.runtime.getDeviceCount() > 1
+        found = []
+        for one, array in zip(expected, arrays, strict=True):
+            name = one.name
+            row = math.prod(one.shape[1:]) * one.dtype.itemsize
+            # Where contiguous arrays are expected, their strides follow from their shape.
+            if getattr(array, CONTIGUOUS, False) and (not one.free or one.strides[0] == row):
+                constants[f"{name}_dtype"] = one.dtype
+                found += [
+                    f"{name}.{CONTIGUOUS}",
+                    f"{name}.dtype == {name}_dtype",
+                    shape_is(one, constants),
+                ]
+            else:
+                found += looks(one, array, constants)
+            if several:
+                found.append(f"{name}.data.device_id == {array.data.device_id}")
+        return found
+
+    def address(self, name: str) -> str:
+        """Return an expression for the address of an array."""
+        return f"{name}.data.ptr"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls with arrays that look like some that have been checked, whatever their number of rows.
+
+To check five arrays in full takes tens of microseconds, a write takes six. So the first arrays of
+each library are checked in full, and later ones are compared with them. The comparison is a
+function made for these arrays, as `dataclasses` makes an ``__init__``: its source names each
+attribute that is compared, and has no loop and no call that it can do without. For five CuPy
+arrays, the source of the one for a write begins::
+
+    if not (k_cache._c_contiguous and k_cache.dtype == k_cache_dtype and ...):
+        return False
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pagedcache.arrays.addresses import ADDRESSES
+from pagedcache.arrays.find import libraries
+from pagedcache.tensors import Expected, span
+
+if TYPE_CHECKING:
+    from pagedcache.arrays.library import Library
+
+Call = Callable[..., bool]
+"""Takes arrays and a stream. Makes the call if it recognises the arrays; returns whether it did."""
+
+Apart = dict[tuple[int, int], set[int]]
+"""For pairs of arrays that are written, distances in bytes at which they share no memory.
+
+Whether they do depends on the distance alone, unless the number of rows does.
+"""
+
+
+def recognised_call(
+    expected: Sequence[Expected],
+    arrays: Sequence[Any],
+    counted_by: str,
+    apart: Apart,
+    run: Callable[..., None],
+    current_stream: Callable[[], int],
+    handle_of: Callable[[Any], int],
+) -> Call | None:
+    """Return a function that makes a call if it recognises its arrays.
+
+    Parameters
+    ----------
+    expected : sequence of Expected
+        What each array must look like.
+    arrays : sequence of array or int
+        Arrays that do.
+    counted_by : str
+        The name of the array whose first axis has the number of rows. Others whose first axis is
+        free may be longer.
+    apart : Apart
+        Arrays that are written must be as far apart as they are long, or at one of these distances.
+    run : callable
+        Takes the number of rows, the addresses, and the handle of a stream.
+    current_stream : callable
+        Returns the handle for a stream of ``None``.
+    handle_of : callable
+        Returns the handle of a stream that is neither ``None`` nor an int.
+
+    Returns
+    -------
+    callable or None
+        ``None`` if an array is of a library whose arrays are not recognised.
+    """
+    groups: dict[int, tuple[Library, list[int]]] = {}
+    for index, array in enumerate(arrays):
+        library = ADDRESSES if type(array) is int else libraries.get(type(array))
+        if library is None or not library.recognised:
+            return None
+        groups.setdefault(id(library), (library, []))[1].append(index)
+    constants: dict[str, Any] = {
+        "run": run,
+        "current_stream": current_stream,
+        "handle_of": handle_of,
+    }
+    conditions, statements, enough = [], [], []
+    address, count = {}, ""
+    for library, indices in groups.values():
+        mine, theirs = [expected[i] for i in indices], [arrays[i] for i in indices]
+        conditions += library.conditions(mine, theirs, constants)
+        statements += library.statements(mine, theirs, constants)
+        for one in mine:
+            address[one.name] = library.address(one.name)
+            if one.name == counted_by:
+                count = library.rows(one, constants)
+            elif one.free:
+                enough += library.enough(one, constants)
+    names = [one.name for one in expected]
+    lines = [f"if not ({' and '.join(conditions)}):", "    return False", f"count = {count}"]
+    lines += [f"if not ({' and '.join(['count > 0', *enough])}):", "    return False"]
+    lines += [f"at_{name} = {address[name]}" for name in names]
+    lines += _address_checks(expected)
+    for first, second in itertools.combinations(range(len(expected)), 2):
+        pair = expected[first], expected[second]
+        if pair[0].written and pair[1].written:
+            lines += _overlap_check(*pair, apart.setdefault((first, second), set()), constants)
+    factory = _factory(tuple(names), tuple(constants), (*lines, *statements))
+    made: Call = factory(**constants)
+    return made
+
+
+def _address_checks(expected: Sequence[Expected]) -> list[str]:
+    """Return lines that refuse addresses of 0 and those that are not multiples of the item size."""
+    conditions = [f"at_{one.name}" for one in expected]
+    for size in {one.dtype.itemsize for one in expected} - {1}:
+        same = " | ".join(f"at_{one.name}" for one in expected if one.dtype.itemsize == size)
+        conditions.append(f"not ({same}) & {size - 1}")
+    return [f"if not ({' and '.join(conditions)}):", "    return False"]
+
+
+def _overlap_check(
+    one: Expected, other: Expected, apart: set[int], constants: dict[str, Any]
+) -> list[str]:
+    """Return lines that refuse two arrays that may share memory."""
+    sizes = []
+    for each in (one, other):
+        if each.free:
+            constants[f"step_of_{each.name}"] = each.strides[0]
+            shape = (1, *each.shape[1:])
+            size = f"size_of_{each.name} + (count - 1) * step_of_{each.name}"
+        else:
+            shape = each.shape
+            size = f"size_of_{each.name}"
+        constants[f"size_of_{each.name}"] = span(shape, each.strides, each.dtype.itemsize)
+        sizes.append(f"({size})")
+    lines = [f"distance = at_{other.name} - at_{one.name}"]
+    condition = f"-{sizes[1]} < distance < {sizes[0]}"
+    if not (one.free or other.free):
+        constants[f"apart_{one.name}_{other.name}"] = apart
+        condition += f" and distance not in apart_{one.name}_{other.name}"
+    return [*lines, f"if {condition}:", "    return False"]
+
+
+@functools.lru_cache
+def _factory(
+    names: tuple[str, ...], constants: tuple[str, ...], lines: tuple[str, ...]
+) -> Callable[..., Call]:
+    """Return a function from the constants to the call that these lines check."""
+    checks = "\n".join(f"            {line}" for line in lines)
+    source = f"""
+def make({", ".join(constants)}):
+    def call({", ".join(names)}, stream):
+        try:
+{checks}
+        except Exception:  # of arrays of another library, which may fail in any way
+            return False
+        if stream is None:
+            stream = current_stream()
+        elif type(stream) is not int:
+            stream = handle_of(stream)
+        run(count, {", ".join(f"at_{name}" for name in names)}, stream)
+        return True
+    return call
+"""
+    scope: dict[str, Any] = {}
+    exec(compile(source, f"<call with {', '.join(names)}>", "exec"), scope)
+    made: Callable[..., Call] = scope["make"]
+    return made

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pagedcache.arrays.library import Library
+from pagedcache.tensors import Array, Expected, Tensor
+
+
+class Numpy(Library):
+    """Arrays of NumPy."""
+
+    recognised = True
+
+    def read(self, subject: str, array: Array) -> Tensor:
+        """Return address, dtype, shape, strides and device of an array, without a copy."""
+        return Tensor(
+            array.ctypes.data, array.dtype, array.shape, array.strides, "cpu", array.flags.writeable
+        )
+
+    def conditions(
+        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+    ) -> list[str]:
+        """Return expressions that are true of arrays that look as expected."""
+        constants["ndarray"] = np.ndarray
+        found = []
+        for one, array in zip(expected, arrays, strict=True):
+            found += [f"type({one.name}) is ndarray", *looks(one, array, constants)]
+            if one.written:
+                found.append(f"{one.name}.flags.writeable")
+        return found
+
+    def address(self, name: str) -> str:
+        """Return an expression for the address of an array."""
+        return f"{name}.ctypes.data"
+
+
+def looks(one: Expected, array: Any, constants: dict[str, Any]) -> list[str]:
+    """Return conditions on dtype, shape and strides, by the attributes that NumPy and CuPy have."""
+    name = one.name
+    constants[f"{name}_dtype"] = one.dtype
+    constants[f"{name}_strides"] = one.strides_like(array.strides)
+    return [
+        f"{name}.dtype == {name}_dtype",
+        shape_is(one, constants),
+        f"{name}.strides == {name}_strides",
+    ]
+
+
+def shape_is(one: Expected, constants: dict[str, Any]) -> str:
+    """Return a condition on the shape, whose first axis may be free."""
+    name = one.name
+    constants[f"{name}_shape"] = one.shape[1:] if one.free else one.shape
+    if not one.free:
+        return f"{name}.shape == {name}_shape"
+    if len(one.shape) == 1:
+        return f"{name}.ndim == 1"
+    return f"{name}.shape[1:] == {name}_shape"

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pagedcache.arrays.library import Library, reading
+from pagedcache.dtypes import Dtype, as_dtype
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    BadTensorDtypeError,
+    RequiresGradError,
+)
+from pagedcache.tensors import Expected, Tensor
+
+
+class Torch(Library):
+    """Tensors of PyTorch.
+
+    Some of PyTorch's private functions are used, since they are several times as fast as the public
+    ones, which are used where a version lacks them (a test names those that it lacks).
+
+    Parameters
+    ----------
+    torch : module
+    """
+
+    recognised = True
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+        # ``None`` in a build without CUDA.
+        self._stream_handle = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        self._bump = _version_bump(torch)
+
+    def read(self, subject: str, array: Any) -> Tensor:
+        """Return address, dtype, shape, strides and device of a tensor, without a copy."""
+        with reading(subject, array):
+            if array.layout is not self._torch.strided:
+                raise BadParamTypeError(subject, "must be a dense tensor", f"layout {array.layout}")
+            if array.is_neg() or array.is_conj():
+                rule = "must not be a lazily negated or conjugated view; call resolve_neg() or "
+                raise BadParamError(subject, f"{rule}resolve_conj() first")
+            dtype = _numpy_dtype(subject, array.dtype)
+            strides = tuple(step * dtype.itemsize for step in array.stride())
+            return Tensor(
+                array.data_ptr(), dtype, tuple(array.shape), strides, str(array.device), True
+            )
+
+    def current_stream(self, array: Any, device: int) -> Callable[[], int] | None:
+        """Return a function that returns the handle of PyTorch's current stream."""
+        if not array.is_cuda:
+            return None
+        if self._stream_handle is not None:
+            return functools.partial(self._stream_handle, device)
+        current = self._torch.cuda.current_stream
+        return lambda: int(current(device).cuda_stream)
+
+    def streams_in_use(self, device: int) -> list[int]:
+        """Return PyTorch's current stream on a device, if PyTorch uses CUDA in this process."""
+        cuda = self._torch.cuda
+        return [int(cuda.current_stream(device).cuda_stream)] if cuda.is_initialized() else []
+
+    def check_write(self, subject: str, array: Any) -> None:
+        """Raise if autograd would have to record the write, as it does for its own operators."""
+        if array.requires_grad and self._torch.is_grad_enabled():
+            rule = (
+                "must not require grad, because this write has no gradient; use torch.no_grad() or "
+                f"pass {subject}.detach()"
+            )
+            raise RequiresGradError(subject, rule)
+
+    def noting_writes(
+        self, subjects: Sequence[str], arrays: Sequence[Any]
+    ) -> Callable[[], None] | None:
+        """Return a function that lets autograd notice if it has kept a tensor that is written."""
+        noted = tuple(array for array in arrays if not array.is_inference())  # never kept
+        if not noted:
+            return None
+        if not any(array.requires_grad for array in noted):
+            return functools.partial(self._bump, noted)
+
+        def note() -> None:
+            for subject, array in zip(subjects, arrays, strict=True):
+                self.check_write(subject, array)
+            self._bump(noted)
+
+        return note
+
+    def conditions(
+        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+    ) -> list[str]:
+        """Return expressions that are true of tensors that look as expected."""
+        names = [one.name for one in expected]
+        # `check` below ends the process if it meets a nested tensor (seen with PyTorch 2.13).
+        nested = " or ".join(f"{name}.is_nested" for name in names)
+        found = [f"not ({nested})"]
+        sizes = [[*one.shape] for one in expected]
+        for one, lengths in zip(expected, sizes, strict=True):
+            if one.free:
+                lengths[0] = None  # type: ignore[call-overload]
+        steps = [list(array.stride()) for array in arrays]
+        for one, strides in zip(expected, steps, strict=True):
+            if one.free:
+                strides[0] = one.strides[0] // one.dtype.itemsize
+        try:
+            # What torch.compile recognises its inputs by: one call for all tensors, which also
+            # compares devices, and whether they require grad where gradients are recorded.
+            guards = self._torch._C._dynamo.guards.TensorGuards(
+                *arrays, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps
+            )
+        except (AttributeError, TypeError):  # of some other version
+            return found + self._public_conditions(expected, arrays, steps, constants)
+        constants["check"] = guards.check
+        return [*found, f"check({', '.join(names)})"]
+
+    def _public_conditions(
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        steps: Sequence[Sequence[int]],
+        constants: dict[str, Any],
+    ) -> list[str]:
+        constants["Tensor"] = self._torch.Tensor
+        constants["grad_enabled"] = self._torch.is_grad_enabled
+        found = []
+        for one, array, strides in zip(expected, arrays, steps, strict=True):
+            name = one.name
+            constants[f"{name}_dtype"] = array.dtype
+            constants[f"{name}_device"] = array.device
+            constants[f"{name}_shape"] = one.shape[1:] if one.free else one.shape
+            constants[f"{name}_strides"] = tuple(strides)
+            found += [
+                f"type({name}) is Tensor",
+                f"{name}.dtype is {name}_dtype",
+                f"{name}.device == {name}_device",
+                f"{name}.shape{'[1:]' * one.free} == {name}_shape",
+                f"{name}.stride() == {name}_strides",
+                f"not {name}.is_neg()",
+            ]
+            if one.written:
+                found.append(f"not ({name}.requires_grad and grad_enabled())")
+        return found
+
+    def address(self, name: str) -> str:
+        """Return an expression for the address of a tensor."""
+        return f"{name}.data_ptr()"
+
+    def rows(self, expected: Expected, constants: dict[str, Any]) -> str:
+        """Return an expression for the length of the first axis."""
+        row = math.prod(expected.shape[1:])
+        if row == 1:
+            return f"{expected.name}.numel()"  # size(0) takes three times as long
+        constants[f"{expected.name}_row"] = row
+        return f"{expected.name}.numel() // {expected.name}_row"
+
+    def enough(self, expected: Expected, constants: dict[str, Any]) -> list[str]:
+        """Return conditions for the first axis to have a length of at least ``count``."""
+        constants[f"{expected.name}_row"] = math.prod(expected.shape[1:])
+        return [f"{expected.name}.numel() >= count * {expected.name}_row"]
+
+    def statements(
+        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+    ) -> list[str]:
+        """Return statements that let autograd notice which tensors are written."""
+        noted = [
+            one.name
+            for one, array in zip(expected, arrays, strict=True)
+            if one.written and not array.is_inference()
+        ]
+        constants["bump"] = self._bump
+        return [f"bump(({', '.join(noted)},))"] if noted else []
+
+
+def _version_bump(torch: Any) -> Callable[[tuple[Any, ...]], None]:
+    """Return what tells autograd that tensors are written in place."""
+    bump: Callable[[tuple[Any, ...]], None]
+    try:
+        bump = torch._C._increment_version  # half the time of the public function, which calls it
+        bump((torch.empty(0),))
+    except Exception:  # of some other version
+        bump = torch.autograd.graph.increment_version
+    return bump
+
+
+@functools.cache
+def _numpy_dtype(subject: str, dtype: Any) -> Dtype:
+    try:
+        return as_dtype(subject, str(dtype).removeprefix("torch."))
+    except BadTensorDtypeError:
+        rule = "must have a dtype that NumPy or ml_dtypes has"
+        raise BadTensorDtypeError(subject, rule, dtype) from None

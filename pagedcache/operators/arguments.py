@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of one call, checked in full against what an operation was created for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pagedcache.arrays.addresses import BITS
+from pagedcache.arrays.find import adopt, library_of
+from pagedcache.operators.rules import check_rows
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    BadTensorDtypeError,
+    BadTensorShapeError,
+    BadTensorStridesError,
+    CacheOverlapError,
+    InsufficientWorkspaceError,
+    NullPointerError,
+    PagedCacheError,
+    shown,
+)
+from pagedcache.tensors import Array, Expected, Tensor, overlap, span
+
+if TYPE_CHECKING:
+    from pagedcache.arrays.matching import Apart
+
+
+class Arguments:
+    """What the arguments of each call must look like.
+
+    Parameters
+    ----------
+    expected : sequence of Expected
+        What each array must look like, in the order of the arguments.
+    counted_by : str
+        The array whose first axis has the number of rows.
+    device : str
+        Where the arrays must be.
+
+    Attributes
+    ----------
+    apart : Apart
+        Distances between arrays that are written at which they are known to share no memory.
+    """
+
+    def __init__(self, expected: Sequence[Expected], counted_by: str, device: str) -> None:
+        self.expected = tuple(expected)
+        self.counted_by = counted_by
+        self.apart: Apart = {}
+        self._device = device
+
+    def read(self, arrays: Sequence[Any]) -> tuple[int, ...]:
+        """Return the number of rows and the addresses; raise for arguments that do not fit."""
+        tensors = [
+            None if type(array) is int else adopt(one.name, array)
+            for one, array in zip(self.expected, arrays, strict=True)
+        ]
+        rows = 0
+        for one, tensor in zip(self.expected, tensors, strict=True):
+            if tensor is not None:
+                self._check(one, tensor)
+            if one.name == self.counted_by:
+                rows = one.shape[0] if tensor is None else tensor.shape[0]
+        addresses = []
+        for one, tensor, array in zip(self.expected, tensors, arrays, strict=True):
+            if tensor is not None and one.free:
+                check_rows(one.name, tensor.shape[0], self.counted_by, rows)
+            address = array if tensor is None else tensor.address
+            if rows or not one.free:
+                check_address(one.name, address, one.dtype.itemsize)
+            addresses.append(address)
+            if tensor is not None and one.written:
+                check_writable(one.name, array, tensor)
+        if rows:
+            self._check_overlap(rows, addresses)
+        return rows, *addresses
+
+    def _check(self, one: Expected, tensor: Tensor) -> None:
+        name, shape = one.name, tensor.shape
+        if one.free and (len(shape) != len(one.shape) or shape[1:] != one.shape[1:]):
+            wanted = ", ".join(map(str, ("rows", *one.shape[1:])))
+            wanted = f"({wanted})" if len(one.shape) > 1 else "(rows,)"
+            raise _changed(BadTensorShapeError, name, f"shape {wanted}", shape)
+        if not one.free and shape != one.shape:
+            raise _changed(BadTensorShapeError, name, f"shape {one.shape}", shape)
+        if tensor.dtype != one.dtype:
+            raise _changed(BadTensorDtypeError, name, f"dtype {one.dtype}", tensor.dtype)
+        axes = zip(shape, tensor.strides, one.strides, strict=True)
+        if 0 not in shape and any(length > 1 and step != wanted for length, step, wanted in axes):
+            raise _changed(
+                BadTensorStridesError, name, f"strides {one.strides} in bytes", tensor.strides
+            )
+        if tensor.device != self._device:
+            raise _changed(BadParamError, name, f"device {self._device}", tensor.device)
+
+    def _check_overlap(self, rows: int, addresses: Sequence[int]) -> None:
+        written = [
+            (index, one, address)
+            for index, (one, address) in enumerate(zip(self.expected, addresses, strict=True))
+            if one.written
+        ]
+        for (i, one, at), (j, other, other_at) in itertools.combinations(written, 2):
+            known = self.apart.setdefault((i, j), set())
+            if other_at - at not in known:
+                check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)
+                if not (one.free or other.free):
+                    known.add(other_at - at)
+
+    def workspace(self, workspace: Any, size: int, needed: int) -> int:
+        """Return the address of a workspace of at least `needed` bytes, 0 if there is none."""
+        if not isinstance(size, (int, np.integer)):
+            raise BadParamTypeError("workspace_size", "must be an int", shown(size))
+        if workspace is not None and type(workspace) is not int:
+            tensor = adopt("workspace", workspace)
+            if tensor.device != self._device:
+                raise _changed(BadParamError, "workspace", f"device {self._device}", tensor.device)
+            workspace = tensor.address
+        if size < needed:
+            rule = f"must be at least {needed} bytes"
+            raise InsufficientWorkspaceError("workspace_size", rule, size)
+        if not workspace and needed:
+            raise NullPointerError("workspace", "must be memory on the device", shown(workspace))
+        return workspace or 0
+
+
+def check_writable(name: str, array: Any, tensor: Tensor) -> None:
+    """Raise if an array that would be written cannot or must not be.
+
+    Raises
+    ------
+    BadParamError
+        It is read-only.
+    RequiresGradError
+        Its library would have to record the write.
+    """
+    if not tensor.writable:
+        raise BadParamError(name, "must be writable", "a read-only array")
+    library_of(name, array).check_write(name, array)
+
+
+def check_overlap(one: Expected, at: int, other: Expected, other_at: int) -> None:
+    """Raise if two arrays that are written, at two addresses, share memory.
+
+    Raises
+    ------
+    CacheOverlapError
+    """
+    distance = other_at - at
+    sizes = [span(each.shape, each.strides, each.dtype.itemsize) for each in (one, other)]
+    if -sizes[1] < distance < sizes[0]:
+        views = one.at(at), other.at(other_at)
+        if overlap(*views):
+            rule = f"must not share memory with {one.name}"
+            got = " and ".join(map(byte_range, reversed(views)))
+            raise CacheOverlapError(other.name, rule, got)
+
+
+def byte_range(array: Array) -> str:
+    """Return the addresses of an array in words."""
+    start, end = np.lib.array_utils.byte_bounds(array)
+    return f"{start:#x} to {end:#x}"
+
+
+def check_address(name: str, address: int, itemsize: int) -> None:
+    """Raise if an address is not that of data with this item size."""
+    if address <= 0:
+        raise NullPointerError(name, "must not be a null pointer", hex(address))
+    if address >> BITS:
+        raise BadParamError(name, f"must be an address below 2**{BITS}", hex(address))
+    if address % itemsize:
+        rule = f"must start at a multiple of its item size, {itemsize} bytes"
+        raise BadParamError(name, rule, hex(address))
+
+
+def as_address(name: str, value: object) -> int:
+    """Return an address as C has it: ``None`` is 0."""
+    if value is None:
+        return 0
+    if not isinstance(value, int):
+        raise BadParamTypeError(name, "must be an address, as an int", shown(value))
+    return int(value)
+
+
+def _changed(kind: type[PagedCacheError], name: str, wanted: str, got: object) -> PagedCacheError:
+    return kind(name, f"must have {wanted}, as when the descriptor was created", got)

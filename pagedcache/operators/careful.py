@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that look at their data and wait, for callers who would rather wait than not know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pagedcache.backend.protocol import Implementation
+from pagedcache.operators.arguments import byte_range
+from pagedcache.status import NotSupportedError, SourceOverlapError
+from pagedcache.tensors import Array, Expected, overlap
+
+if TYPE_CHECKING:
+    from pagedcache.backend.protocol import Device, Invalid, LaunchConfig, Report
+
+Inspect = Callable[[Mapping[str, Array]], None]
+"""Raises if it finds a mistake in the data of a call, given by name as ints of the item size."""
+
+
+class Careful(Implementation):
+    """An implementation with its calls checked before and after.
+
+    Parameters
+    ----------
+    implementation : Implementation
+    device : Device
+    expected : sequence of Expected
+    inspect : callable or None
+        Called before each run with all data on the host, once it is known that what is read shares
+        no memory with what is written. ``None``: nothing is looked at before.
+    refuse : callable or None
+        Returns the error to raise for invalid indices. Then each run waits. ``None``: none is
+        raised.
+    """
+
+    def __init__(
+        self,
+        implementation: Implementation,
+        device: Device,
+        expected: Sequence[Expected],
+        inspect: Inspect | None,
+        refuse: Callable[[Invalid], Exception] | None,
+    ) -> None:
+        self._implementation, self._device = implementation, device
+        self._expected, self._inspect, self._refuse = tuple(expected), inspect, refuse
+        self.workspace_size = implementation.workspace_size
+        # Each taken by one call at a time, so that a call is told of its own indices only.
+        self._reports: list[Report] = []
+
+    def launch_config(self, rows: int) -> LaunchConfig:
+        """Return the launch that a call with this many rows makes."""
+        return self._implementation.launch_config(rows)
+
+    def run(self, rows: int, *addresses_and_stream: int) -> None:
+        """Inspect, run, and wait, as far as was asked for."""
+        stream = addresses_and_stream[len(self._expected)]
+        if self._device.capturing(stream):
+            option = "debug" if self._inspect else "on_invalid='raise'"
+            rule = "waits for the stream, which is being captured; use check() after a replay"
+            raise NotSupportedError(option, rule)
+        if self._inspect:
+            self._look(rows, addresses_and_stream, stream)
+        if self._refuse is None:
+            self._implementation.run(rows, *addresses_and_stream)
+            return
+        try:
+            report = self._reports.pop()
+        except IndexError:
+            report = self._device.report()
+        self._implementation.reporting_to(report).run(rows, *addresses_and_stream)
+        found = report.take()
+        self._reports.append(report)
+        if found:
+            raise self._refuse(found)
+
+    def _look(self, rows: int, addresses: Sequence[int], stream: int) -> None:
+        views = {
+            one.name: one.with_rows(rows).at(address)
+            for one, address in zip(self._expected, addresses, strict=False)
+        }
+        written = [one.name for one in self._expected if one.written]
+        read = [name for name in views if name not in written]
+        for name in read:
+            for other in written:
+                if overlap(views[name], views[other]):
+                    rule = f"must not share memory with {other}, which is written"
+                    got = f"{byte_range(views[name])} and {byte_range(views[other])}"
+                    raise SourceOverlapError(name, rule, got)
+        assert self._inspect is not None
+        self._inspect({name: self._fetched(views[name], stream) for name in read})
+
+    def _fetched(self, there: Array, stream: int) -> Array:
+        """Return a view of device memory with its data on the host."""
+        start, end = np.lib.array_utils.byte_bounds(there)
+        data = self._device.read(start, end - start, stream)
+        fetched: Array = np.ndarray(there.shape, there.dtype, data, strides=there.strides)
+        return fetched

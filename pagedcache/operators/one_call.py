@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations that are found again by what their arrays look like, for operators as one function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pagedcache.arrays.find import adopt
+from pagedcache.locks import Lock
+from pagedcache.operators.base import Calls, Operation
+from pagedcache.operators.rules import row_step
+
+if TYPE_CHECKING:
+    from pagedcache.tensors import Tensor
+
+OperationT = TypeVar("OperationT", bound=Operation[Any])
+
+MOST_KEPT = 256
+MOST_RECENT = 8
+
+
+class Kept(Generic[OperationT]):
+    """The operations that recent calls used.
+
+    Parameters
+    ----------
+    kind : type
+        A subclass of `Operation`.
+    create : callable
+        From arrays, followed by options, to an operation.
+
+    Attributes
+    ----------
+    recent : dict
+        By options, `Operation.calls` of those that should be tried before any is looked up. A model
+        has layers of a few shapes, and calls for them in turn.
+    """
+
+    def __init__(self, kind: type[OperationT], create: Callable[..., OperationT]) -> None:
+        self._kind = kind
+        self._create = create
+        self._kept: dict[Hashable, OperationT] = {}  # the least recently found first
+        self._lock = Lock()
+        self.recent: dict[Hashable, tuple[Calls, ...]] = {}
+
+    def run(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> None:
+        """Run the operation for these arrays and options, creating it if there is none."""
+        names = self._kind.arguments
+        tensors = [adopt(name, array) for name, array in zip(names, arrays, strict=True)]
+        if not all(option is None or type(option) is str for option in options):
+            # Refused if it is not a string at all.
+            self._create(*arrays, *options).run(arrays, stream)
+            return
+        looks = (self._look(name, tensor) for name, tensor in zip(names, tensors, strict=True))
+        key = (options, *looks)
+        operation = self._kept.get(key)
+        if operation is None:
+            operation = self._create(*arrays, *options)
+        with self._lock:
+            self._kept.pop(key, None)
+            self._kept[key] = operation
+            if len(self._kept) > MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+            others = (
+                calls for calls in self.recent.get(options, ()) if calls is not operation.calls
+            )
+            self.recent[options] = (operation.calls, *others)[:MOST_RECENT]
+        operation.run(arrays, stream)
+
+    def _look(self, name: str, tensor: Tensor) -> Hashable:
+        dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
+        if name in self._kind.free and shape:
+            strides = (row_step(shape, strides, dtype.itemsize), *strides[1:])
+            shape = (-1, *shape[1:])
+        return dtype, shape, strides, tensor.device

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged caching write on a GPU: access width, geometry, and the kernel's parameters.
+
+The kernel is ``cuda_src/paged_caching.cuh``. Nothing here calls CUDA: all of that is done by the
+device, so a test can bring one that runs the kernel on the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pagedcache.backend.nvidia import source
+from pagedcache.backend.nvidia.parameters import MOST, divisor, packer, structure
+from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.status import NotSupportedError
+
+if TYPE_CHECKING:
+    from pagedcache.backend.nvidia.device import CudaDevice, Limits
+    from pagedcache.backend.nvidia.launch import Launch
+    from pagedcache.backend.nvidia.report import DeviceReport
+    from pagedcache.operators.paged_caching.info import PagedCachingInfo
+
+FILE = "paged_caching.cuh"
+WIDTHS = (16, 8, 4, 2)
+TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+SLOT_NAMES = {"int64": "long long", "int32": "int"}
+# Threads in a block, for each class of device: of a write that does not fill the device, and of one
+# that does. Class 1024 was measured, on an H200; every CUDA GPU so far is of that class, and the
+# numbers of the others are guesses.
+THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
+# A write that has so many full blocks for each multiprocessor gives K and V threads of their own,
+# if it has at most so many heads, moves 16 bytes at a time, and leaves no thread idle. Measured, on
+# an H200.
+MANY_BLOCKS, FEW_HEADS = 7, 24
+# Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured, on an H200.
+TILE, WHOLE_ROW = 4, 256
+MOST_PLANS = 4096
+
+
+def instance(dtype: str, slot_dtype: str, width: int) -> str:
+    """Return the C++ name of the kernel that moves `width` bytes a thread."""
+    return (
+        f"pagedcache::pagedCaching<pagedcache::{TYPE_NAMES[dtype]}, {SLOT_NAMES[slot_dtype]}, "
+        f"{width}>"
+    )
+
+
+class PagedCaching(Implementation):
+    """A compiled write."""
+
+    def __init__(self, info: PagedCachingInfo, device: CudaDevice, report: DeviceReport) -> None:
+        if info.num_slots > MOST:
+            rule = f"must have at most {MOST} slots on a GPU"
+            raise NotSupportedError("k_cache", rule, info.num_slots)
+        self._slot_size = info.slot_dtype.itemsize
+        self._pack = packer(structure(source.read(FILE), "PagedCachingCall"))
+        # All widths are one program, so a new shape never compiles. Addresses are known only at
+        # each call, and some may need a narrower instance than the strides allow.
+        possible = [width for width in WIDTHS if info.dtype.itemsize <= width]
+        names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in possible)
+        functions = dict(zip(possible, device.compile(FILE, names), strict=True))
+        widest = _alignment(info)
+        self._kernels = {
+            width: _Kernel(info, width, function, device)
+            for width, function in functions.items()
+            if width <= widest
+        }
+        self._widest = self._kernels[widest]
+        self._mask = widest - 1
+        self._report_to(report)
+
+    def _report_to(self, report: DeviceReport) -> None:
+        self._report, self._report_at, self._streams = report, report.address, report.streams
+
+    def reporting_to(self, report: DeviceReport) -> PagedCaching:
+        """Return the same with another report."""
+        other = copy.copy(self)
+        other._report_to(report)
+        return other
+
+    def launch_config(self, rows: int) -> LaunchConfig:
+        """Return the launch for so many tokens whose addresses allow the widest access."""
+        grid, blocks = self._widest.plan(min(rows, self._widest.most_tokens))
+        return LaunchConfig((max(blocks, 1), grid.rows, 1), (grid.threads, 1, 1))
+
+    def run(
+        self, tokens: int, k_cache: int, v_cache: int, k: int, v: int, slots: int, stream: int
+    ) -> None:
+        """Queue the write of so many tokens."""
+        misaligned = (k_cache | v_cache | k | v) & self._mask
+        # The lowest bit that is set is the alignment that all four addresses share.
+        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
+        try:
+            grid, blocks = kernel.plans[tokens]
+        except KeyError:
+            if tokens > kernel.most_tokens:
+                self._run_in_parts(kernel, tokens, k_cache, v_cache, k, v, slots, stream)
+                return
+            grid, blocks = kernel.plan(tokens)
+        if stream not in self._streams:
+            self._report.note(stream)
+        launches = grid.launches
+        # Taking from and giving to a list is atomic, so no two threads have one launch.
+        try:
+            launch = launches.pop()
+        except IndexError:
+            launch = grid.prepare()
+        report = self._report_at
+        self._pack(launch.parameters, 0, k_cache, v_cache, k, v, slots, tokens, 0, report)
+        launch.run(blocks, stream)
+        launches.append(launch)
+
+    def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
+        """Return a function of a stream that queues the same write each time."""
+        k_cache, v_cache, k, v, _ = addresses
+        misaligned = (k_cache | v_cache | k | v) & self._mask
+        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
+        if rows > kernel.most_tokens:
+            return functools.partial(self.run, rows, *addresses)
+        grid, blocks = kernel.plan(rows)
+        streams, note = self._streams, self._report.note
+
+        def prepare() -> Launch:
+            launch = grid.prepare()
+            self._pack(launch.parameters, 0, *addresses, rows, 0, self._report_at)
+            return launch
+
+        launches = [prepare()]
+
+        def queue(stream: int) -> None:
+            if stream not in streams:
+                note(stream)
+            try:
+                launch = launches.pop()
+            except IndexError:
+                launch = prepare()
+            launch.run(blocks, stream)
+            launches.append(launch)
+
+        return queue
+
+    def _run_in_parts(
+        self,
+        kernel: _Kernel,
+        tokens: int,
+        k_cache: int,
+        v_cache: int,
+        k: int,
+        v: int,
+        slots: int,
+        stream: int,
+    ) -> None:
+        """Make several launches, where there are more vectors than the kernel counts."""
+        self._report.note(stream)
+        for done in range(0, tokens, kernel.most_tokens):
+            part = min(tokens - done, kernel.most_tokens)
+            grid, blocks = kernel.plan(part)
+            launch = grid.prepare()
+            self._pack(
+                launch.parameters,
+                0,
+                k_cache,
+                v_cache,
+                k + done * kernel.k_token_stride,
+                v + done * kernel.v_token_stride,
+                slots + done * self._slot_size,
+                part,
+                done,
+                self._report_at,
+            )
+            launch.run(blocks, stream)
+
+
+class _Kernel:
+    """One compiled instance, with what stays the same from call to call."""
+
+    def __init__(
+        self, info: PagedCachingInfo, width: int, function: int, device: CudaDevice
+    ) -> None:
+        limits: Limits = device.limits
+        size = info.dtype.itemsize
+        k_per_row, v_per_row = info.head_size * size // width, info.v_head_size * size // width
+        per_row = max(k_per_row, v_per_row)
+        per_token = info.num_kv_heads * per_row
+        few_threads, many_threads = THREADS[limits.thread_class]
+        # Indices stay below `MOST`, even if the last tile and the last block are not full.
+        most = min(MOST - many_threads, limits.max_grid_x * few_threads) // per_token
+        self.most_tokens = most // TILE * TILE or most
+        if not most:
+            rule = f"must have at most {MOST * width} bytes of K or V in a token"
+            raise NotSupportedError("k_cache", rule, per_token * width)
+        self.plans: dict[int, tuple[_Grid, int]] = {}  # for numbers of tokens that were seen
+        self.k_token_stride = info.k_token_stride * size
+        self.v_token_stride = info.v_token_stride * size
+        threads = limits.multiprocessors * many_threads
+        apart = width == 16 and k_per_row == v_per_row and info.num_kv_heads <= FEW_HEADS
+        self._few_tokens = threads // per_token
+        self._many_tokens = MANY_BLOCKS * threads // per_token if apart else self.most_tokens
+
+        def grid(rows: int, threads: int, tile: int) -> _Grid:
+            parameters = _parameters(info, width, tile, per_row)
+            prepare = functools.partial(device.prepare, function, rows, threads, parameters)
+            return _Grid(rows, threads, tile, per_token * tile, prepare)
+
+        tile = tile_of(info) if most >= TILE else 1
+        self._small = grid(1, few_threads, 1)
+        self._large = grid(1, many_threads, tile)
+        self._apart = grid(2, many_threads, tile)
+
+    def plan(self, tokens: int) -> tuple[_Grid, int]:
+        """Return the grid for a write of so many tokens, and its blocks in a row."""
+        if tokens <= self._few_tokens:
+            grid = self._small
+        else:
+            grid = self._apart if tokens > self._many_tokens else self._large
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        self.plans[tokens] = grid, grid.blocks(tokens)
+        return self.plans[tokens]
+
+
+class _Grid:
+    """How the vectors of a write are distributed to threads, and launches that are ready."""
+
+    def __init__(
+        self, rows: int, threads: int, tile: int, per_tile: int, prepare: Callable[[], Launch]
+    ) -> None:
+        self.rows = rows  # of blocks: one for K and V, or one for each
+        self.threads = threads
+        self.prepare = prepare
+        self.launches: list[Launch] = []
+        self._tile, self._per_tile = tile, per_tile
+
+    def blocks(self, tokens: int) -> int:
+        """Return how many blocks of a row hold a thread for each vector of all tiles."""
+        return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
+
+
+def _parameters(info: PagedCachingInfo, width: int, tile: int, per_row: int) -> ctypes.Structure:
+    """Return ``struct PagedCachingParameters`` without what a call adds."""
+    struct = functools.partial(structure, source.read(FILE))
+    by = functools.partial(divisor, struct("Divisor"))
+    size = info.dtype.itemsize
+
+    def rows(letter: str, head_size: int) -> Any:
+        steps = {
+            name: getattr(info, f"{letter}_{name}_stride") * size
+            for name in ("token", "head", "cache_block", "cache_slot", "cache_head")
+        }
+        return struct("Rows")(
+            source_token_stride=steps["token"],
+            source_head_stride=steps["head"],
+            cache_slot_stride=steps["cache_slot"],
+            cache_block_step=steps["cache_block"] - info.block_size * steps["cache_slot"],
+            cache_head_stride=steps["cache_head"],
+            vectors_per_row=head_size * size // width,
+        )
+
+    return struct("PagedCachingParameters")(
+        num_slots=info.num_slots,
+        block_size=by(info.block_size),
+        vectors_per_row=by(per_row),
+        rows_per_tile=by(tile * info.num_kv_heads),
+        tile_shift=tile.bit_length() - 1,
+        k_rows=rows("k", info.head_size),
+        v_rows=rows("v", info.v_head_size),
+    )
+
+
+def tile_of(info: PagedCachingInfo) -> int:
+    """Return the tokens whose rows of one head are written before those of the next head.
+
+    Where the rows of neighbouring slots are contiguous in the cache, neighbouring threads then
+    write neighbouring bytes, as they do token by token where the rows of all heads are contiguous.
+    """
+    row = math.gcd(info.head_size, info.v_head_size) * info.dtype.itemsize
+    beside = info.k_cache_slot_stride < info.k_cache_head_stride
+    return TILE if beside and row % WHOLE_ROW else 1
+
+
+def _alignment(info: PagedCachingInfo) -> int:
+    """Return the widest access that every stride and row length allows."""
+    elements = 16 // info.dtype.itemsize
+    for length in (
+        info.head_size,
+        info.v_head_size,
+        info.k_token_stride,
+        info.k_head_stride,
+        info.v_token_stride,
+        info.v_head_stride,
+        info.k_cache_block_stride,
+        info.k_cache_head_stride,
+        info.k_cache_slot_stride,
+        info.v_cache_block_stride,
+        info.v_cache_head_stride,
+        info.v_cache_slot_stride,
+    ):
+        while length % elements:
+            elements //= 2
+    return elements * info.dtype.itemsize

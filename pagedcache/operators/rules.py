@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tensors of an operator must look like, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pagedcache.dtypes import Dtype, names
+from pagedcache.status import BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
+from pagedcache.tensors import Expected, TensorDescriptor, overlaps_itself, view
+
+_ANYWHERE = 1 << 20  # an address, where only differences count
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one tensor must look like.
+
+    Attributes
+    ----------
+    name : str
+        Of the argument.
+    axes : tuple of str
+        Their names. Axes of one name have the same length in all tensors.
+    dtypes : tuple of numpy.dtype
+        Those that are allowed.
+    like : str or None
+        The tensor whose dtype it must have.
+    written : bool
+        Whether the operator writes it. Then no two of its elements may share memory.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtypes: tuple[Dtype, ...]
+    like: str | None = None
+    written: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the tensors of an operator must look like.
+
+    Attributes
+    ----------
+    tensors : tuple of Rule
+        In the order of the operator's arguments.
+    free : str
+        The axis whose length may differ from call to call; it is the first of each tensor that has
+        it.
+    counted_by : str
+        The tensor whose free axis says how many rows a call has. Those of others may be longer.
+    note : str
+        What an error about a shape should also say.
+    """
+
+    tensors: tuple[Rule, ...]
+    free: str
+    counted_by: str
+    note: str = ""
+
+    def check(self, described: Mapping[str, TensorDescriptor]) -> dict[str, int]:
+        """Check tensors against the table and each other.
+
+        Parameters
+        ----------
+        described : mapping of str to TensorDescriptor
+            By name, in the order of the table.
+
+        Returns
+        -------
+        dict of str to int
+            The length of each axis, by its name; of the free axis, that of the tensor which counts.
+
+        Raises
+        ------
+        BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
+            The message names the tensor, the rule and what was found.
+        """
+        self._check_dtypes(described)
+        sizes = self._check_shapes(described)
+        for rule in self.tensors:
+            self._check_strides(rule, described[rule.name])
+        return sizes
+
+    def steps(self, name: str, tensor: TensorDescriptor) -> tuple[int, ...]:
+        """Return the strides of a tensor in elements, those that are never used set to 0.
+
+        The stride of the free axis stays, since other calls may have more rows.
+        """
+        rule = next(rule for rule in self.tensors if rule.name == name)
+        steps = tuple(
+            step if length > 1 else 0
+            for length, step in zip(tensor.shape, tensor.strides, strict=True)
+        )
+        if rule.axes[0] == self.free:
+            return (row_step(tensor.shape, tensor.strides), *steps[1:])
+        return steps
+
+    def expected(self, described: Mapping[str, TensorDescriptor]) -> tuple[Expected, ...]:
+        """Return what each array must look like at each call."""
+        return tuple(
+            Expected(
+                rule.name,
+                tensor.dtype,
+                tensor.shape,
+                tuple(step * tensor.dtype.itemsize for step in self.steps(rule.name, tensor)),
+                rule.axes[0] == self.free,
+                rule.written,
+            )
+            for rule, tensor in ((rule, described[rule.name]) for rule in self.tensors)
+        )
+
+    def _check_dtypes(self, described: Mapping[str, TensorDescriptor]) -> None:
+        for rule in self.tensors:
+            dtype = described[rule.name].dtype
+            if dtype not in rule.dtypes:
+                raise BadTensorDtypeError(rule.name, f"must be {names(rule.dtypes)}", dtype)
+            if rule.like is not None and dtype != described[rule.like].dtype:
+                wanted = described[rule.like].dtype
+                raise BadTensorDtypeError(rule.name, f"must be {wanted} like {rule.like}", dtype)
+
+    def _check_shapes(self, described: Mapping[str, TensorDescriptor]) -> dict[str, int]:
+        sizes: dict[str, tuple[int, str]] = {}
+        for rule in self.tensors:
+            shape = described[rule.name].shape
+            axes = f"[{', '.join(rule.axes)}]{self.note}"
+            if len(shape) != len(rule.axes):
+                plural = "axes" if len(rule.axes) > 1 else "axis"
+                wanted = f"must have {len(rule.axes)} {plural} {axes}"
+                raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
+            for axis, length in zip(rule.axes, shape, strict=True):
+                if axis == self.free:
+                    continue
+                if length < 1:
+                    wanted = f"must have a {axis} of at least 1 in {axes}"
+                    raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
+                known, origin = sizes.setdefault(axis, (length, rule.name))
+                if length != known:
+                    wanted = f"must have the {axis} of {origin}, {known}, in {axes}"
+                    raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
+        rows = described[self.counted_by].shape[0]
+        for rule in self.tensors:
+            if rule.axes[0] == self.free:
+                check_rows(rule.name, described[rule.name].shape[0], self.counted_by, rows)
+        return {self.free: rows} | {axis: length for axis, (length, _) in sizes.items()}
+
+    def _check_strides(self, rule: Rule, tensor: TensorDescriptor) -> None:
+        strides = f"strides {tensor.strides} in elements"
+        if tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
+            wanted = "must have stride 1 on its last axis"
+            raise BadTensorStridesError(rule.name, wanted, strides)
+        steps = tuple(
+            step if length > 1 else 0
+            for length, step in zip(tensor.shape, tensor.strides, strict=True)
+        )
+        if any(step < 0 for step in steps):
+            raise BadTensorStridesError(rule.name, "must not have negative strides", strides)
+        in_bytes = tuple(step * tensor.dtype.itemsize for step in steps)
+        if rule.written and overlaps_itself(view(_ANYWHERE, tensor.dtype, tensor.shape, in_bytes)):
+            wanted = "must not overlap itself, but two of its elements share memory"
+            raise BadTensorStridesError(rule.name, wanted, strides)
+
+
+def check_rows(name: str, rows: int, counted_by: str, needed: int) -> None:
+    """Raise if a tensor has fewer rows than a call needs."""
+    if rows < needed:
+        wanted = f"must have at least {needed} rows, one for each entry of {counted_by}"
+        raise BadTensorShapeError(name, wanted, f"{rows} rows")
+
+
+def row_step(shape: tuple[int, ...], strides: tuple[int, ...], unit: int = 1) -> int:
+    """Return the step from row to row of a tensor, also if it has one row now and more later.
+
+    Parameters
+    ----------
+    shape, strides : tuple of int
+    unit : int
+        What strides count an element as: 1, or its size in bytes.
+    """
+    rows, *lengths = shape
+    if not lengths:
+        return unit
+    one_row = unit + sum(
+        (length - 1) * step for length, step in zip(lengths, strides[1:], strict=True)
+    )
+    if rows > 1 or strides[0] >= one_row:
+        return strides[0]
+    return math.prod(lengths) * unit  # the stride is never used and may be 0, as that of x[None]
