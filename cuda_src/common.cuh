@@ -117,22 +117,28 @@ __device__ __forceinline__ void report(Report* to, long long row, long long valu
   atomicAdd(&to->count, 1ULL);
 }
 
-struct TakeReportParameters {
+struct TakeReportCall {
   Report* report;
   Report* taken;
 };
 
+struct TakeReportParameters {
+  TakeReportCall call;
+};
+
 // Moves a report away and leaves an empty one, while other kernels may add to it. One thread.
 __global__ void takeReport(const __grid_constant__ TakeReportParameters p) {
+  Report* const from = p.call.report;
+  Report* const to = p.call.taken;
   bool taken = false;
   while (!taken) {
-    taken = tryLocked(&p.report->lock, [&] {
-      volatile long long* const row = &p.report->row;
-      p.taken->count = atomicExch(&p.report->count, 0ULL);
-      p.taken->row = *row;
-      p.taken->value = *static_cast<volatile long long*>(&p.report->value);
+    taken = tryLocked(&from->lock, [=] {
+      volatile long long* const row = &from->row;
+      to->count = atomicExch(&from->count, 0ULL);
+      to->row = *row;
+      to->value = *static_cast<volatile long long*>(&from->value);
       // A row that is not counted yet stays, for whoever counts it.
-      if (p.taken->count != 0) *row = kNoRow;
+      if (to->count != 0) *row = kNoRow;
     });
   }
 }

@@ -28,12 +28,12 @@ struct PagedCachingCall {
   const char* v;
   const void* slot_mapping;
   long long tokens;
-  long long first_token;  // the number of this launch's first token in the call
-  Report* report;
 };
 
 struct PagedCachingParameters {
   PagedCachingCall call;
+  long long first_token;  // the number of this launch's first token in the call
+  Report* report;
   unsigned long long num_slots;  // at most 2^31
   Divisor block_size;
   Divisor vectors_per_row;  // of the longer of K and V
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
   keep(slot);  // compared anew, so that the report is not a branch before the stores
   const bool first_of_token = first_row && in_row == 0 && head == 0;
   if (first_of_token && slot >= static_cast<long long>(p.num_slots)) {
-    report(p.call.report, p.call.first_token + token, slot);
+    report(p.report, p.first_token + token, slot);
   }
 }
 

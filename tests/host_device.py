@@ -92,7 +92,8 @@ class HostDevice:
             self.launches.append((expression, (blocks, rows), threads))
             run(blocks, rows, threads, ctypes.addressof(arguments))
 
-        return SimpleNamespace(parameters=arguments, run=launch)
+        pack = functools.partial(parameters.packer(type(arguments)), arguments, 0)
+        return SimpleNamespace(pack=pack, run=launch)
 
     def current_stream(self):
         return 0
@@ -120,7 +121,8 @@ class HostReport:
         self.streams = {}
         self._last = LastRow()
         self._run = compiler.function("common.cuh", (TAKE,), 0)
-        self._arguments = kind(report=self.address, taken=self.address + 32)
+        self._arguments = kind()
+        parameters.packer(kind)(self._arguments, 0, self.address, self.address + 32)
 
     def note(self, stream):
         self.streams[stream] = None

@@ -96,6 +96,7 @@ def call_for(given, to_library, ran, apart=None):
         lambda *arguments: ran.append(arguments),
         lambda: 7,
         lambda stream: stream.handle,
+        check_alignment=True,
     )
 
 
@@ -212,6 +213,7 @@ def test_a_slice_of_rows_is_recognised_by_its_strides(to_library):
         rules.expected(described),
         [to_library(array) for array in given.values()],
         "slot_mapping", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
+        check_alignment=True,
     )  # fmt: skip
     for rows in (9, 1, 5):
         slots = np.zeros(rows, np.int64)
@@ -269,7 +271,7 @@ def test_libraries_may_be_mixed_in_a_recognised_call():
     rules = pc.PagedCachingInfo.create(*described.values()).rules
     call = matching.recognised_call(
         rules.expected(described), arrays, "slot_mapping", {},
-        lambda *arguments: ran.append(arguments), lambda: 0, int,
+        lambda *arguments: ran.append(arguments), lambda: 0, int, check_alignment=True,
     )  # fmt: skip
     assert call(*arrays, None)
     assert ran == [(5, *(a.ctypes.data for a in given.values()), 0)]

@@ -62,7 +62,9 @@ def test_on_the_gpu(capsys, tmp_path):
     results = json.loads(numbers.read_text())
     assert len(results["gpu"]) == 2
     assert {"memcpy", "pagedcache", "CuPy fancy"} <= set(results["gpu"][0]["rows"][0]["us"])
-    assert {"calculate", "paged_caching", "infiniopPagedCaching"} <= set(results["host"])
+    assert {"calculate, CuPy", "paged_caching, CuPy", "bind, CuPy"} <= set(results["host"])
+    columns = {"fixed", "two in turn", "1 to 64", "4 caches"}
+    assert all(set(row) == columns for row in results["host"].values())
     assert results["first_call"]["empty cache"] > results["first_call"]["from disk"] > 0
     assert "of the best peer" in capsys.readouterr().out
 

@@ -316,7 +316,9 @@ def launch(monkeypatch):
         )
         refusing = SimpleNamespace(cuLaunchKernelEx=lambda *_: status)
         monkeypatch.setattr(room, "library", lambda: refusing)
-        return room.Launch(0, 1, 1, 64, ctypes.c_uint64(), programmatic=True)
+        words = type("Words", (ctypes.Structure,), {"_fields_": [("at", ctypes.c_void_p)]})
+        whole = type("Whole", (ctypes.Structure,), {"_fields_": [("call", words)]})
+        return room.Launch(0, 1, 1, 64, whole(), programmatic=True)
 
     return refused
 

@@ -124,7 +124,7 @@ def test_widest_access_that_alignment_allows(compiler, dtype, k_size, v_size, sh
     launched = []
     device = HostDevice(compiler)
     device.prepare = lambda function, rows, threads, arguments: SimpleNamespace(
-        parameters=arguments, run=lambda blocks, stream: launched.append(function[0])
+        pack=lambda *words: None, run=lambda blocks, stream: launched.append(function[0])
     )
     with descriptor_on(device, case) as descriptor:
         addresses = dict(zip(case.views, range(2**20, 6 * 2**20, 2**20), strict=True))

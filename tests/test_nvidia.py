@@ -332,9 +332,15 @@ def test_a_refused_launch_is_raised(cupy):
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays()) as descriptor:
         # More than any device runs in a block.
-        grid, _ = descriptor._implementation._widest.plan(9)
-        grid.launches.append(grid.prepare())
-        grid.launches[0]._config.block_x = 1 << 20
+        grid = descriptor._implementation._widest.grid(9)
+        prepare = grid.prepare
+
+        def broken(report):
+            launch = prepare(report)
+            launch._config.block_x = 1 << 20
+            return launch
+
+        grid.prepare = broken
         with pytest.raises(RuntimeError, match=r"launch on cuda:0 failed: .*INVALID_VALUE") as got:
             descriptor.calculate(*there.arrays())
         assert got.value.status == Status.INTERNAL_ERROR
@@ -1093,11 +1099,13 @@ def test_other_threads_go_on_while_a_stream_is_captured(cupy, library, mode):
                     assert caught.value.count == 1
                 descriptor = pc.Descriptor.create(*theirs)
                 descriptor._device._reports._free.clear()
-                pc.Descriptor.create(*theirs).calculate(*theirs, stream=stream)
-            stream.synchronize()
+                descriptor = pc.Descriptor.create(*theirs)
+                descriptor.calculate(*theirs, stream=stream)
+                with pytest.raises(pc.InvalidSlotError):
+                    descriptor.check()
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: None).result()
+        pool.submit(cupy.cuda.Device(0).use).result()
         if library == "torch":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode=mode):
@@ -1110,10 +1118,12 @@ def test_other_threads_go_on_while_a_stream_is_captured(cupy, library, mode):
             stream = cupy.cuda.Stream(non_blocking=True)
             with stream:
                 stream.begin_capture(modes[mode])
-                inside.calculate(*mine)
-                pool.submit(elsewhere).result()
-                inside.calculate(*mine)
-                graph = stream.end_capture()
+                try:
+                    inside.calculate(*mine)
+                    pool.submit(elsewhere).result()
+                    inside.calculate(*mine)
+                finally:
+                    graph = stream.end_capture()
             replay, wait = (lambda: graph.launch(stream)), stream.synchronize
     replay()
     wait()
@@ -1231,6 +1241,7 @@ def test_autograd_on_the_gpu(cupy):
         with pytest.raises(pc.RequiresGradError, match="k_cache must not require grad"):
             write(*leaf)
         with torch.no_grad():
-            write(*leaf)
+            for _ in range(2):
+                write(*leaf)
         with pytest.raises(pc.RequiresGradError, match="k_cache must not require grad"):
             write(*leaf)

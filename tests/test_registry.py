@@ -245,4 +245,4 @@ def test_the_least_recently_used_descriptors_are_forgotten(monkeypatch):
     assert made == []
     write(2)
     assert made == [2]
-    assert len(kept.recent[None, "skip"]) == MOST_RECENT
+    assert len(kept.recent) == MOST_RECENT

@@ -164,3 +164,106 @@ def test_is_imported_only_when_asked_for():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def write_ways(tensors):
+    """Return every way to write these tensors, each used twice: checked in full, and recognised."""
+    descriptor = pc.Descriptor.create(*tensors)
+    return [
+        descriptor.calculate, descriptor.calculate, pc.paged_caching, pc.paged_caching,
+        lambda *arrays: descriptor.bind(*arrays)(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_all_writes_tell_autograd(private, monkeypatch):
+    """A gradient that needs what was written over is refused, not computed from it."""
+    if not private:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    case = simple_case(dtype="float32")
+    arrays = tensors(case)
+    for write in write_ways(arrays):
+        versions = [array._version for array in arrays]
+        x = torch.ones_like(arrays[0], requires_grad=True)
+        y = torch.ones_like(arrays[1], requires_grad=True)
+        products = (x * arrays[0]).sum(), (y * arrays[1]).sum()
+        write(*arrays)
+        bumped = [array._version - before for array, before in zip(arrays, versions, strict=True)]
+        assert bumped == [1, 1, 0, 0, 0]
+        for product in products:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_cache_that_requires_grad_is_refused(private, position, monkeypatch):
+    if not private:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    case = simple_case(dtype="float32")
+    for view in ("k", "v", "k_cache", "v_cache"):
+        case.views[view][...] = len(view)
+    arrays = tensors(case)
+    name = ("k_cache", "v_cache")[position]
+    leaf = list(arrays)
+    leaf[position] = arrays[position].clone().requires_grad_()
+    result = list(arrays)
+    result[position] = leaf[position] * 1  # not a leaf; the write would have no gradient
+    for write in write_ways(arrays):
+        for bad in (leaf, result):
+            before = bad[position].detach().clone()
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=f"{name} must not require grad") as caught:
+                    write(*bad)
+                assert isinstance(caught.value, pc.RequiresGradError)
+                assert caught.value.status == pc.Status.BAD_PARAM
+                assert torch.equal(before, bad[position])
+                with torch.no_grad():
+                    for _ in range(2):
+                        write(*bad)
+                with torch.inference_mode():
+                    write(*bad)
+                bad[position].data.copy_(before)
+            write(*arrays)
+    bound = pc.Descriptor.create(*arrays)
+    with torch.no_grad():
+        bound = bound.bind(*leaf)
+        bound()
+    with pytest.raises(pc.RequiresGradError, match=name):
+        bound()
+
+
+def test_sources_may_require_grad():
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    arrays = tensors(case)
+    arrays[2], arrays[3] = arrays[2].requires_grad_(), arrays[3].requires_grad_() * 1
+    for write in write_ways(arrays):
+        write(*arrays)
+    same(case, wanted)
+    assert not arrays[0].requires_grad
+
+
+def test_inference_tensors_are_written():
+    """They have no version, and autograd never keeps them."""
+    case = simple_case(dtype="float32")
+    wanted = expected(case)
+    with torch.inference_mode():
+        inside = [array.clone() for array in tensors(case)]
+        for write in write_ways(inside):
+            write(*inside)
+    for write in write_ways(inside):
+        write(*inside)
+    for name, array in zip(("k_cache", "v_cache"), inside, strict=False):
+        case.views[name][...] = array.numpy()
+    same(case, wanted)
+
+
+def test_the_operator_refuses_a_leaf_too(op):
+    case = simple_case(dtype="float32")
+    arrays = tensors(case)
+    arrays[0].requires_grad_()
+    with pytest.raises(RuntimeError):
+        op(*arrays)
+    with torch.no_grad():
+        op(*arrays)

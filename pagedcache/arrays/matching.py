@@ -43,6 +43,8 @@ def recognised_call(
     run: Callable[..., None],
     current_stream: Callable[[], int],
     handle_of: Callable[[Any], int],
+    *,
+    check_alignment: bool,
 ) -> Call | None:
     """Return a function that makes a call if it recognises its arrays.
 
@@ -63,6 +65,8 @@ def recognised_call(
         Returns the handle for a stream of ``None``.
     handle_of : callable
         Returns the handle of a stream that is neither ``None`` nor an int.
+    check_alignment : bool
+        Whether to recognise addresses that are multiples of their item size only.
 
     Returns
     -------
@@ -96,7 +100,7 @@ def recognised_call(
     lines = [f"if not ({' and '.join(conditions)}):", "    return False", f"count = {count}"]
     lines += [f"if not ({' and '.join(['count > 0', *enough])}):", "    return False"]
     lines += [f"at_{name} = {address[name]}" for name in names]
-    lines += _address_checks(expected)
+    lines += _address_checks(expected, check_alignment=check_alignment)
     for first, second in itertools.combinations(range(len(expected)), 2):
         pair = expected[first], expected[second]
         if pair[0].written and pair[1].written:
@@ -106,10 +110,11 @@ def recognised_call(
     return made
 
 
-def _address_checks(expected: Sequence[Expected]) -> list[str]:
-    """Return lines that refuse addresses of 0 and those that are not multiples of the item size."""
+def _address_checks(expected: Sequence[Expected], *, check_alignment: bool) -> list[str]:
+    """Return lines that refuse addresses of 0, and those that are misaligned."""
     conditions = [f"at_{one.name}" for one in expected]
-    for size in {one.dtype.itemsize for one in expected} - {1}:
+    sizes = {one.dtype.itemsize for one in expected} - {1} if check_alignment else set()
+    for size in sizes:
         same = " | ".join(f"at_{one.name}" for one in expected if one.dtype.itemsize == size)
         conditions.append(f"not ({same}) & {size - 1}")
     return [f"if not ({' and '.join(conditions)}):", "    return False"]

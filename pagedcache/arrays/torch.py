@@ -100,6 +100,11 @@ class Torch(Library):
         # `check` below ends the process if it meets a nested tensor (seen with PyTorch 2.13).
         nested = " or ".join(f"{name}.is_nested" for name in names)
         found = [f"not ({nested})"]
+        constants["grad_enabled"] = self._torch.is_grad_enabled
+        if any(
+            one.written and array.requires_grad for one, array in zip(expected, arrays, strict=True)
+        ):
+            found.append("not grad_enabled()")
         sizes = [[*one.shape] for one in expected]
         for one, lengths in zip(expected, sizes, strict=True):
             if one.free:
@@ -110,7 +115,7 @@ class Torch(Library):
                 strides[0] = one.strides[0] // one.dtype.itemsize
         try:
             # What torch.compile recognises its inputs by: one call for all tensors, which also
-            # compares devices, and whether they require grad where gradients are recorded.
+            # compares their devices, and whether they require grad.
             guards = self._torch._C._dynamo.guards.TensorGuards(
                 *arrays, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps
             )
@@ -127,7 +132,6 @@ class Torch(Library):
         constants: dict[str, Any],
     ) -> list[str]:
         constants["Tensor"] = self._torch.Tensor
-        constants["grad_enabled"] = self._torch.is_grad_enabled
         found = []
         for one, array, strides in zip(expected, arrays, steps, strict=True):
             name = one.name
@@ -144,7 +148,7 @@ class Torch(Library):
                 f"not {name}.is_neg()",
             ]
             if one.written:
-                found.append(f"not ({name}.requires_grad and grad_enabled())")
+                found.append(f"{name}.requires_grad is {array.requires_grad}")
         return found
 
     def address(self, name: str) -> str:

@@ -165,14 +165,17 @@ class Implementation:
     ----------
     workspace_size : int
         Bytes of scratch memory on the device that a call needs.
+    checks_alignment : bool
+        Whether `run` itself raises for addresses that are not multiples of the item size.
     run : callable
         Queues a call with one or more rows on a stream. Takes the number of rows, the address of
         each tensor in the order of the operator's rules, the handle of the stream and, if
         `workspace_size` is not 0, the address of the workspace. What is behind the addresses is as
-        the info describes it and aligned to its item size.
+        the info describes it.
     """
 
     workspace_size = 0
+    checks_alignment = False
     run: Callable[..., None]
 
     def __init__(self, info: Any, device: Any, report: Any) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m pagedcache bench``: this write beside a memcpy and the peers installed here."""
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ import numpy as np
 
 import pagedcache as pc
 from pagedcache.bench import peers
-from pagedcache.bench.case import SLOT_ORDERS, SOURCES, Axes, Case
-from pagedcache.bench.measure import ROUNDS, Graph, first_call_seconds, host_microseconds
+from pagedcache.bench.case import INPUTS, SLOT_ORDERS, SOURCES, Axes, Case
+from pagedcache.bench.host import host_times, print_host_times
+from pagedcache.bench.measure import ROUNDS, Graph, first_call_seconds
 
 TOKENS = (1, 64, 256, 1024, 4096, 16384, 65536)
 CPU_TOKENS = (64, 1024, 4096, 16384)
 MEMCPY = "memcpy"
 GPU_SLOTS = 262_144
-HOST_TOKENS = 64
 PICTURES = (".png", ".svg", ".pdf")
-HOST_ROUNDS = 21
+IN_A_ROW = 10  # writes of one hot set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the bench's options. Every axis takes several values; all pairs are measured."""
+    """Declare the bench's options. Each axis takes several values, and all pairs are measured."""
     axis = {field.name: field for field in dataclasses.fields(Axes)}
 
     def add(name: str, kind: Any, **more: Any) -> None:
@@ -52,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("layout", str, choices=("HND", "NHD"))
     add("slots", str, choices=SLOT_ORDERS, help="where tokens go")
     add("source", str, choices=SOURCES, help="what K and V are slices of")
+    add("inputs", str, choices=INPUTS, help="found in the L2 cache or not")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
     parser.add_argument("--num-slots", type=_positive, help=capacity)
     parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
+    parser.add_argument("--only-host-time", action="store_true", help="no GPU time, no first call")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write all numbers there")
     parser.add_argument(
@@ -81,10 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     on_gpu = handle.device != "cpu"
     print(f"{handle!r}")
     if not on_gpu:
-        print("No GPU is used: the cpu backend is measured against NumPy's copy of the same bytes.")
+        print("No GPU is used: the CPU backend is compared with NumPy's copy of the same bytes.")
     tokens = arguments.tokens or (TOKENS if on_gpu else CPU_TOKENS)
     results: dict[str, Any] = {"machine": _machine(handle), "gpu": [], "host": {}, "first_call": {}}
-    for axes in _axes(arguments, tokens[0]):
+    for axes in [] if arguments.only_host_time else _axes(arguments, tokens[0]):
         print(f"\n{axes.describe()}")
         measure = _on_gpu if on_gpu else _on_cpu
         rows = []
@@ -98,20 +101,22 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  without {name}: {why}")
         results["gpu"].append({"axes": dataclasses.asdict(axes), "rows": rows})
     if on_gpu and not arguments.only_gpu_time:
-        results["host"] = _host(arguments)
+        results["host"], missing = host_times(with_peers=not arguments.no_peers)
+        print_host_times(results["host"], missing)
+    if on_gpu and not arguments.only_gpu_time and not arguments.only_host_time:
         cold, warm = first_call_seconds()
         results["first_call"] = {"empty cache": cold, "from disk": warm}
         print("\nFirst completed write after create, CUDA context up")
         print(f"  empty compile cache {cold:.3f} s, from the disk cache {warm:.3f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if arguments.plot:
+    if arguments.plot and results["gpu"]:
         _plot(results, arguments.plot)
     return 0
 
 
 def _axes(arguments: argparse.Namespace, tokens: int) -> Iterator[Axes]:
-    names = ("heads", "head_size", "block_size", "dtype", "layout", "slots", "source")
+    names = ("heads", "head_size", "block_size", "dtype", "layout", "slots", "source", "inputs")
     for values in itertools.product(*(getattr(arguments, name) for name in names)):
         chosen = dict(zip(names, values, strict=True))
         v_head_size = arguments.v_head_size or chosen["head_size"]
@@ -127,6 +132,7 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     case = Case(axes, cupy, arguments.num_slots or GPU_SLOTS, rotate)
     stream = cupy.cuda.Stream(non_blocking=True)
     guess = 2 + axes.payload * 2 / 4e6
+    in_a_row = IN_A_ROW if axes.inputs == "hot" else 1
     missing: dict[str, str] = {}
     graphs: dict[str, Graph] = {}
 
@@ -138,7 +144,7 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
             cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, rows.nbytes, 3, stream.ptr)
 
     device.synchronize()
-    graphs[MEMCPY] = Graph(copy, len(case.sets), stream, guess)
+    graphs[MEMCPY] = Graph(copy, len(case.sets), stream, guess, in_a_row)
     for name, prepare in peers.PEERS.items():
         if arguments.no_peers and name != peers.OURS:
             continue
@@ -149,9 +155,11 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
             device.synchronize()
             if name not in peers.OWN_CACHE and not case.is_written(0):
                 raise peers.UnavailableError("its result is wrong")
-            graphs[name] = Graph(write, len(case.sets), stream, guess)
-        except peers.UnavailableError as error:
-            missing[name] = str(error)
+            graphs[name] = Graph(write, len(case.sets), stream, guess, in_a_row)
+        except Exception as error:  # whatever a peer refuses a case with
+            if name == peers.OURS:
+                raise
+            missing[name] = peers.why(error)
     for _ in range(ROUNDS):
         for graph in graphs.values():
             graph.time()
@@ -184,50 +192,6 @@ def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
             times.append((time.perf_counter() - began) * 1e6)
         best[name] = float(np.median(times))
     return {"tokens": axes.tokens, "payload": axes.payload, "us": best}
-
-
-def _host(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the host microseconds of one call of every competitor."""
-    import cupy
-
-    case = Case(Axes(HOST_TOKENS), cupy, GPU_SLOTS, 1)
-    drain = cupy.cuda.Device().synchronize
-    k_cache, v_cache, inputs = case.k_cache, case.v_cache, case.sets[0]
-    descriptor = pc.Descriptor.create(k_cache, v_cache, *inputs)
-    k, v, slots = (array.data.ptr for array in inputs)
-    caches = k_cache.data.ptr, v_cache.data.ptr
-    stream = cupy.cuda.get_current_stream().ptr
-    calls = {
-        "calculate": lambda: descriptor.calculate(k_cache, v_cache, *inputs),
-        "paged_caching": lambda: pc.paged_caching(k_cache, v_cache, *inputs),
-        "infiniopPagedCaching": lambda: pc.infiniop.infiniopPagedCaching(
-            descriptor, 0, 0, caches[0], caches[1], k, v, slots, stream
-        ),
-    }
-    with contextlib.suppress(peers.UnavailableError):
-        tensors, [inputs_of_torch, *_] = peers.in_torch(case, heads_first=True)
-        with_tensors = pc.Descriptor.create(*tensors, *inputs_of_torch)
-        calls["calculate, torch"] = lambda: with_tensors.calculate(*tensors, *inputs_of_torch)
-        calls["paged_caching, torch"] = lambda: pc.paged_caching(*tensors, *inputs_of_torch)
-    for name, prepare in peers.PEERS.items():
-        if name != peers.OURS and not arguments.no_peers:
-            with contextlib.suppress(peers.UnavailableError):
-                write = prepare(case)
-                write(0)
-                calls[name] = lambda write=write: write(0)  # type: ignore[misc]
-    rounds = [
-        # In short turns, so that a clock that drifts does so for all of them.
-        {name: host_microseconds(call, drain) for name, call in calls.items()}
-        for _ in range(HOST_ROUNDS)
-    ]
-    times = {name: float(np.median([row[name] for row in rounds])) for name in calls}
-    rivals = [time for name, time in times.items() if name in peers.PEERS]
-    best = min(rivals) if rivals else math.nan
-    print(f"\nHost time of one call, us ({HOST_TOKENS} tokens)")
-    for name, microseconds in times.items():
-        ratio = f"{microseconds / best:5.2f} of the best peer" if rivals else ""
-        print(f"  {name:<22}{microseconds:8.2f}   {ratio}")
-    return times
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

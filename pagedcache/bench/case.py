@@ -1,8 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
 """One measured write: its axes, its arrays on the device, and what is to be written where."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,8 @@ from pagedcache.dtypes import as_dtype
 
 SLOT_ORDERS = ("blocks", "random", "sequential")
 SOURCES = ("plain", "qkv")
+INPUTS = ("cold", "hot")
+HOT_SETS = 4
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Axes:
         somewhere else, as a decode step of many sequences does. ``sequential``: in order.
     source : {"plain", "qkv"}
         ``qkv``: K and V are slices of one fused projection with four query heads for each KV head.
+    inputs : {"cold", "hot"}
+        ``cold``: so many sets in turn that none is found in a cache. ``hot``: a few sets, each
+        several times in a row, as if the kernel that made K and V had just run.
     """
 
     tokens: int
@@ -39,6 +47,7 @@ class Axes:
     layout: str = "HND"
     slots: str = "blocks"
     source: str = "plain"
+    inputs: str = "cold"
 
     @property
     def payload(self) -> int:
@@ -52,12 +61,12 @@ class Axes:
         source = "" if self.source == "plain" else ", sliced from fused QKV"
         return (
             f"{self.heads} KV heads x {self.head_size}{v}, {self.dtype}, {self.layout}, "
-            f"block size {self.block_size}, slots: {self.slots}{source}"
+            f"block size {self.block_size}, slots: {self.slots}{source}, inputs: {self.inputs}"
         )
 
 
 class Case:
-    """The arrays of `Axes`: two caches, and sets of inputs that together exceed the L2 cache.
+    """The arrays of `Axes`: two caches, and sets of inputs.
 
     Parameters
     ----------
@@ -67,7 +76,7 @@ class Case:
     num_slots : int
         Capacity of each cache, rounded up to whole blocks.
     rotate_bytes : int
-        What the sets of inputs must hold together, so that none is found in a cache.
+        What cold sets of inputs must hold together, so that none is found in a cache.
     """
 
     def __init__(self, axes: Axes, xp: Any, num_slots: int, rotate_bytes: int) -> None:
@@ -79,13 +88,26 @@ class Case:
         middle = (axes.heads, axes.block_size)
         if axes.layout == "NHD":
             middle = (axes.block_size, axes.heads)
+        # Not zeros, which a host has no memory for until they are written.
         self.k_cache, self.v_cache = (
-            xp.zeros((blocks, *middle, size), self.dtype)
+            xp.ones((blocks, *middle, size), f"u{self.dtype.itemsize}").view(self.dtype)
             for size in (axes.head_size, axes.v_head_size)
         )
         rng = np.random.default_rng(0)
         count = min(max(2, -(-rotate_bytes // max(axes.payload, 1))), 40)
+        if axes.inputs == "hot":
+            count = HOT_SETS
         self.sets = [self._inputs(rng) for _ in range(count)]
+
+    def shortened(self, counts: Sequence[int]) -> Case:
+        """Return the same caches with sets of fewer tokens: as many as each of `counts`."""
+        other = copy.copy(self)
+        taken = (self.sets[i % len(self.sets)] for i in range(len(counts)))
+        other.sets = [
+            (k[:count], v[:count], slots[:count])
+            for count, (k, v, slots) in zip(counts, taken, strict=True)
+        ]
+        return other
 
     def _inputs(self, rng: np.random.Generator) -> tuple[Any, Any, Any]:
         axes, xp = self.axes, self.xp
@@ -121,12 +143,12 @@ class Case:
         return (blocks[:, None] * block_size + np.arange(block_size)).ravel()[:tokens]
 
     def clear(self) -> None:
-        """Wipe both caches, so that what is found there was written after."""
+        """Wipe both caches, so that what is found there was written later."""
         for cache in (self.k_cache, self.v_cache):
             cache.view(f"u{self.dtype.itemsize}")[...] = 0
 
     def is_written(self, index: int) -> bool:
-        """Tell whether set `index` is in the caches, bit for bit."""
+        """Return whether set `index` is in the caches, bit for bit."""
         k, v, slots = self.sets[index]
         block, offset = slots // self.axes.block_size, slots % self.axes.block_size
         bits = f"u{self.dtype.itemsize}"

@@ -1,13 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
 """How things are timed.
 
-GPU time: all sets of inputs, in turn, captured in one CUDA graph; the graph is replayed and timed
-with events, so nothing of the host is in it; the median over replays, spread over rounds in which
-every competitor has its turn, so that a drifting clock meets all of them.
+GPU time: all sets of inputs in turn, captured in one CUDA graph, which is replayed and timed with
+events, so that nothing of the host is in it. The median over replays, in rounds in which every
+competitor has its turn, so that a drifting clock affects all of them.
 
-Host time: calls enqueued back to back, the mean of many; the median over repeats, with the queue
-drained between them.
+Host time: the mean of many calls that are queued back to back; the median over repeats, with the
+queue drained between them.
 
-First call: a fresh process, with the CUDA context up, from ``Descriptor.create`` to the end of the
+First call: in a fresh process with a CUDA context, from ``Descriptor.create`` to the end of the
 first write.
 """
 
@@ -41,14 +42,18 @@ class Graph:
     stream : cupy.cuda.Stream
         Not the default one.
     guess : float
-        Microseconds that one write will about take.
+        About how many microseconds one write will take.
+    in_a_row : int
+        How often a set is written before the next.
     """
 
-    def __init__(self, write: Write, sets: int, stream: Any, guess: float) -> None:
+    def __init__(
+        self, write: Write, sets: int, stream: Any, guess: float, in_a_row: int = 1
+    ) -> None:
         self.stream = stream
         self._write = write  # what it holds must outlive the graph
-        turns = max(1, round(GRAPH_MICROSECONDS / guess / sets))
-        self.writes = turns * sets
+        turns = max(1, round(GRAPH_MICROSECONDS / guess / sets / in_a_row))
+        self.writes = turns * sets * in_a_row
         with _current(stream):
             for i in range(sets):
                 write(i)
@@ -56,7 +61,8 @@ class Graph:
             with _capture(stream) as captured:
                 for _ in range(turns):
                     for i in range(sets):
-                        write(i)
+                        for _ in range(in_a_row):
+                            write(i)
         self._launch = captured[0]
         self._launch()
         stream.synchronize()
@@ -118,12 +124,15 @@ def _capture(stream: Any) -> Iterator[list[Callable[[], None]]]:
         launch.append(replay)
 
 
-def host_microseconds(call: Callable[[], Any], drain: Callable[[], Any], calls: int = 300) -> float:
-    """Return the microseconds that `call` keeps the host."""
+def host_microseconds(
+    call: Callable[[int], Any], sets: int, drain: Callable[[], Any], calls: int = 300
+) -> float:
+    """Return the microseconds that `call` keeps the host, with each of so many sets in turn."""
+    turns = [i % sets for i in range(calls)]
     drain()
     began = time.perf_counter()
-    for _ in range(calls):
-        call()
+    for i in turns:
+        call(i)
     took = time.perf_counter() - began
     drain()
     return took / calls * 1e6

@@ -1,8 +1,9 @@
-"""Everything that writes a paged cache and can be imported here, behind one shape.
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that writes a paged cache and can be imported here, behind one interface.
 
 A peer is a function from a `Case` to a function that writes set ``i`` of it. It raises
-`UnavailableError` with a sentence where it cannot: not installed, or a layout or size that it does
-not do. Peers that know one layout only are given the same bytes in theirs.
+`UnavailableError` with one sentence if it cannot: it is not installed, or does not support the
+layout or a size. Peers that know one layout only are given the same bytes in theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ Write = Callable[[int], Any]
 
 class UnavailableError(Exception):
     """The peer cannot take part; the message says why."""
+
+
+def why(error: Exception) -> str:
+    """Return in one line why a peer does not take part."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return (
+        lines[0] if isinstance(error, UnavailableError) else f"{type(error).__name__}: {lines[0]}"
+    )
 
 
 def pagedcache(case: Case) -> Write:
@@ -76,7 +85,7 @@ def flashinfer(case: Case) -> Write:
     """Return FlashInfer's ``append_paged_kv_cache``: one request, an identity page table."""
     append = _import("flashinfer.page").append_paged_kv_cache
     if case.axes.head_size not in (64, 128, 256) or case.axes.head_size != case.axes.v_head_size:
-        raise UnavailableError("FlashInfer does head sizes 64, 128 and 256, the same for K and V")
+        raise UnavailableError("it has head sizes 64, 128 and 256, the same for K and V")
     torch = _import("torch")
     caches, sets = in_torch(case, heads_first=case.axes.layout == "HND")
     blocks = caches[0].shape[0]
@@ -84,13 +93,13 @@ def flashinfer(case: Case) -> Write:
     indices = torch.arange(blocks, **place)
     indptr = torch.tensor([0, blocks], **place)
     last = torch.tensor([case.axes.block_size], **place)
-    request = torch.zeros(case.axes.tokens, **place)
+    requests = [torch.zeros(len(slots), **place) for _, _, slots in sets]
     positions = [slots.int() for _, _, slots in sets]
 
     def write(i: int) -> None:
         k, v, _ = sets[i]
         append(
-            k, v, request, positions[i], (caches[0], caches[1]), indices, indptr, last,
+            k, v, requests[i], positions[i], (caches[0], caches[1]), indices, indptr, last,
             kv_layout=case.axes.layout,
         )  # fmt: skip
 
@@ -101,7 +110,7 @@ def sglang(case: Case) -> Write:
     """Return SGLang's ``store_cache``, which knows flat rows only (NHD)."""
     store = _import("sglang.jit_kernel.kvcache").store_cache
     if case.axes.source != "plain":
-        raise UnavailableError("SGLang's rows are measured contiguous only")
+        raise UnavailableError("it is measured with contiguous rows only")
     torch = _import("torch")
     _, sets = in_torch(case)
     kind = sets[0][0].dtype
@@ -115,7 +124,7 @@ def sglang(case: Case) -> Write:
     *written, where = rows[0]
     found = [cache[where].view(bits) for cache in flat]
     if not all(map(torch.equal, found, [each.view(bits) for each in written])):
-        raise UnavailableError("SGLang's result is wrong")
+        raise UnavailableError("its result is wrong")
     return lambda i: store(rows[i][0], rows[i][1], flat[0], flat[1], rows[i][2])
 
 
@@ -123,7 +132,7 @@ def vllm(case: Case) -> Write:
     """Return vLLM's ``reshape_and_cache_flash``."""
     operator = _import("vllm._custom_ops").reshape_and_cache_flash
     if case.axes.head_size != case.axes.v_head_size:
-        raise UnavailableError("vLLM's kernel has one head size")
+        raise UnavailableError("it has one head size for K and V")
     torch = _import("torch")
     caches, sets = in_torch(case)
     one = torch.ones((), dtype=torch.float32, device="cuda")

@@ -31,9 +31,14 @@ if TYPE_CHECKING:
     from pagedcache.operators.rules import Rules
 
 ON_INVALID = ("skip", "raise")
+NO_WORKSPACE = 0  # Python has one 0, so whether a size is this one is quickly told
 
 Calls = dict[type, Call]
 """By the type of the first array, a call with arrays like those that were checked last."""
+
+
+def _recognise_nothing(*_: Any) -> bool:
+    return False
 
 
 class Info(Protocol):
@@ -64,8 +69,10 @@ class Operation(Generic[InfoT]):
 
     Attributes
     ----------
+    latest : Call
+        What a public method tries first: the latest of `calls`.
     calls : Calls
-        What a public method tries before `run`.
+        What `run` tries before it checks everything.
     name : str
         Of the operator.
     arguments : tuple of str
@@ -106,6 +113,7 @@ class Operation(Generic[InfoT]):
         self._run = implementation.run
         self._arguments = Arguments(expected, info.rules.counted_by, device.name)
         self.calls: Calls = {}
+        self.latest: Call = _recognise_nothing
 
     # What an operator adds
 
@@ -182,6 +190,8 @@ class Operation(Generic[InfoT]):
     ) -> None:
         """Check everything, run, and recognise arrays like these from now on."""
         self._alive()
+        if workspace is None and workspace_size is NO_WORKSPACE and self.call(arrays, stream):
+            return
         found = self._arguments.read(arrays)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
         current_stream = self._current_stream(arrays[0])
@@ -196,8 +206,17 @@ class Operation(Generic[InfoT]):
         self._recognise(arrays, current_stream)
         self._run(*found, handle)
 
+    def call(self, arrays: tuple[Any, ...], stream: Any) -> bool:
+        """Run if the arrays are recognised as some before the latest; return whether they were."""
+        call = self.calls.get(type(arrays[0]))
+        if call is None or call is self.latest or not call(*arrays, stream):
+            return False
+        self.latest = call
+        return True
+
     def _recognise(self, arrays: tuple[Any, ...], current_stream: Callable[[], int]) -> None:
         """Recognise arrays like these from now on."""
+        implementation = self._alive()
         call = recognised_call(
             self._arguments.expected,
             arrays,
@@ -206,11 +225,12 @@ class Operation(Generic[InfoT]):
             self._run,
             current_stream,
             self._handle_of,
+            check_alignment=not implementation.checks_alignment,
         )
         if call is not None:
-            self.calls[type(arrays[0])] = call
+            self.calls[type(arrays[0])] = self.latest = call
             if self._implementation is None:  # another thread has destroyed this meanwhile
-                self.calls = {}
+                self.calls, self.latest = {}, _recognise_nothing
 
     def _run_at(
         self, addresses: tuple[Any, ...], workspace: Any, workspace_size: Any, stream: Any
@@ -342,7 +362,7 @@ class Operation(Generic[InfoT]):
         """
         self._implementation = None
         self._run = _run_destroyed
-        self.calls = {}
+        self.calls, self.latest = {}, _recognise_nothing
 
     def __enter__(self: Self) -> Self:
         self._alive()

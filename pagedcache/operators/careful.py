@@ -47,8 +47,10 @@ class Careful(Implementation):
         self._implementation, self._device = implementation, device
         self._expected, self._inspect, self._refuse = tuple(expected), inspect, refuse
         self.workspace_size = implementation.workspace_size
-        # Each taken by one call at a time, so that a call is told of its own indices only.
-        self._reports: list[Report] = []
+        self.checks_alignment = implementation.checks_alignment
+        # Each with a report of its own and taken by one call at a time, so that a call is told of
+        # its own indices only.
+        self._idle: list[tuple[Implementation, Report]] = []
 
     def launch_config(self, rows: int) -> LaunchConfig:
         """Return the launch that a call with this many rows makes."""
@@ -67,12 +69,13 @@ class Careful(Implementation):
             self._implementation.run(rows, *addresses_and_stream)
             return
         try:
-            report = self._reports.pop()
+            implementation, report = self._idle.pop()
         except IndexError:
             report = self._device.report()
-        self._implementation.reporting_to(report).run(rows, *addresses_and_stream)
+            implementation = self._implementation.reporting_to(report)
+        implementation.run(rows, *addresses_and_stream)
         found = report.take()
-        self._reports.append(report)
+        self._idle.append((implementation, report))
         if found:
             raise self._refuse(found)
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pagedcache.arrays.find import adopt
 from pagedcache.locks import Lock
-from pagedcache.operators.base import Calls, Operation
+from pagedcache.operators.base import Operation
 from pagedcache.operators.rules import row_step
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ class Kept(Generic[OperationT]):
 
     Attributes
     ----------
-    recent : dict
-        By options, `Operation.calls` of those that should be tried before any is looked up. A model
-        has layers of a few shapes, and calls for them in turn.
+    recent : tuple
+        Options and operations to try before any is looked up, the latest first. A model has layers
+        of a few shapes, and calls for them in turn.
     """
 
     def __init__(self, kind: type[OperationT], create: Callable[..., OperationT]) -> None:
@@ -42,10 +43,13 @@ class Kept(Generic[OperationT]):
         self._create = create
         self._kept: dict[Hashable, OperationT] = {}  # the least recently found first
         self._lock = Lock()
-        self.recent: dict[Hashable, tuple[Calls, ...]] = {}
+        self.recent: tuple[tuple[tuple[Any, ...], OperationT], ...] = ()
 
     def run(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> None:
         """Run the operation for these arrays and options, creating it if there is none."""
+        for known, operation in self.recent:
+            if all(map(operator.is_, options, known)) and operation.call(arrays, stream):
+                return
         names = self._kind.arguments
         tensors = [adopt(name, array) for name, array in zip(names, arrays, strict=True)]
         if not all(option is None or type(option) is str for option in options):
@@ -54,18 +58,14 @@ class Kept(Generic[OperationT]):
             return
         looks = (self._look(name, tensor) for name, tensor in zip(names, tensors, strict=True))
         key = (options, *looks)
-        operation = self._kept.get(key)
-        if operation is None:
-            operation = self._create(*arrays, *options)
+        operation = self._kept.get(key) or self._create(*arrays, *options)
         with self._lock:
             self._kept.pop(key, None)
             self._kept[key] = operation
             if len(self._kept) > MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
-            others = (
-                calls for calls in self.recent.get(options, ()) if calls is not operation.calls
-            )
-            self.recent[options] = (operation.calls, *others)[:MOST_RECENT]
+            others = (each for each in self.recent if each[1] is not operation)
+            self.recent = ((options, operation), *others)[:MOST_RECENT]
         operation.run(arrays, stream)
 
     def _look(self, name: str, tensor: Tensor) -> Hashable:

@@ -68,8 +68,7 @@ class Negate(Operation[NegateInfo]):
         )
 
     def calculate(self, target: Any, source: Any, *, stream: Any = None) -> None:
-        call = self.calls.get(type(target))
-        if call is None or not call(target, source, stream):
+        if not self.latest(target, source, stream):
             self.run((target, source), stream)
 
     def bind(self, target: Any, source: Any, *, stream: Any = None) -> Any:
@@ -80,9 +79,8 @@ class Negate(Operation[NegateInfo]):
 
 
 def negate(target: Any, source: Any, *, stream: Any = None) -> None:
-    for calls in kept.recent.get((), ()):
-        call = calls.get(type(target))
-        if call is not None and call(target, source, stream):
+    for _, negation in kept.recent:
+        if negation.latest(target, source, stream):
             return
     kept.run((target, source), (), stream)
 

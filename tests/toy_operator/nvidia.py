@@ -32,7 +32,5 @@ class Negate(Implementation):
         if stream not in self._report.streams:
             self._report.note(stream)
         launch = self._device.prepare(self._function, 1, THREADS, self._parameters)
-        call = launch.parameters.call
-        call.target, call.source, call.rows = target, source, rows
-        call.report = self._report.address
+        launch.pack(target, source, rows, self._report.address)
         launch.run(self.launch_config(rows).grid[0], stream)

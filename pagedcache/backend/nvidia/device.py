@@ -190,8 +190,9 @@ class CudaDevice(Context):
 
     def _launch_to_take(self, report: int, room: int) -> Launch:
         kind = parameters.structure(source.read(COMMON), "TakeReportParameters")
-        arguments = kind(report=report, taken=room)
-        return Launch(self.index, self._take_report, 1, 1, arguments, programmatic=False)
+        launch = Launch(self.index, self._take_report, 1, 1, kind(), programmatic=False)
+        launch.pack(report, room)
+        return launch
 
     def _try_programmatic(self) -> bool:
         """Return whether two programmatic launches can be captured here. Nothing is run."""

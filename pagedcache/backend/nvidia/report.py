@@ -70,7 +70,8 @@ class Reports:
     def _slab(self) -> list[int]:
         context = self._context
         if context.captures():
-            raise NotSupportedError("allocating memory for a first descriptor", NOT_CAPTURED)
+            rule = f"{NOT_CAPTURED}; call pagedcache.warmup() before the capture"
+            raise NotSupportedError("allocating memory for a first descriptor", rule)
         words = np.tile(np.array([*EMPTY, *EMPTY], np.int64), _IN_SLAB)
         with context.current("allocating"):
             # Not from a memory pool, whose memory other streams may still write to.

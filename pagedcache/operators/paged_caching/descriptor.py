@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pagedcache.operators.base import Operation
+from pagedcache.operators.base import NO_WORKSPACE, Operation
 from pagedcache.operators.paged_caching.explain import SlotExplanation
 from pagedcache.operators.paged_caching.info import NAMES, RULES, PagedCachingInfo
 from pagedcache.operators.paged_caching.inspect import inspect
@@ -130,7 +130,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         slot_mapping: Any,
         *,
         workspace: Any = None,
-        workspace_size: int = 0,
+        workspace_size: int = NO_WORKSPACE,
         stream: Any = None,
     ) -> None:
         """Write the K and V of each token to its slot.
@@ -177,13 +177,10 @@ class Descriptor(Operation[PagedCachingInfo]):
         a cache that is written, and a cache that requires grad is refused unless gradients are
         disabled. No gradient flows from a cache to K and V.
         """
-        call = self.calls.get(type(k_cache))
         if (
             workspace is not None
-            or type(workspace_size) is not int
-            or workspace_size
-            or call is None
-            or not call(k_cache, v_cache, k, v, slot_mapping, stream)
+            or workspace_size is not NO_WORKSPACE
+            or not self.latest(k_cache, v_cache, k, v, slot_mapping, stream)
         ):
             arrays = (k_cache, v_cache, k, v, slot_mapping)
             self.run(arrays, stream, workspace, workspace_size)
@@ -223,7 +220,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         v: int | None,
         slot_mapping: int | None,
         workspace: int | None = None,
-        workspace_size: int = 0,
+        workspace_size: int = NO_WORKSPACE,
         stream: int | None = None,
     ) -> None:
         """Write as many tokens as at `create`, with all tensors given by their addresses, as in C.
@@ -242,13 +239,8 @@ class Descriptor(Operation[PagedCachingInfo]):
         PagedCacheError
             See `calculate`.
         """
-        call = self.calls.get(int)
-        if (
-            type(workspace_size) is not int
-            or workspace_size
-            or self.workspace_size
-            or call is None
-            or not call(k_cache, v_cache, k, v, slot_mapping, stream or 0)
+        if workspace_size is not NO_WORKSPACE or not self.latest(
+            k_cache, v_cache, k, v, slot_mapping, stream or 0
         ):
             addresses = (k_cache, v_cache, k, v, slot_mapping)
             self._run_at(addresses, workspace, workspace_size, stream)

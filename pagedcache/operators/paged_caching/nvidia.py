@@ -11,12 +11,14 @@ import copy
 import ctypes
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.backend.nvidia import source
-from pagedcache.backend.nvidia.parameters import MOST, divisor, packer, structure
+from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
 from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.operators.arguments import check_address
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ MANY_BLOCKS, FEW_HEADS = 7, 24
 TILE, WHOLE_ROW = 4, 256
 MOST_PLANS = 4096
 
+Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
+"""Launches that are ready, what prepares one more, and blocks in a row."""
+
 
 def instance(dtype: str, slot_dtype: str, width: int) -> str:
     """Return the C++ name of the kernel that moves `width` bytes a thread."""
@@ -53,12 +58,13 @@ def instance(dtype: str, slot_dtype: str, width: int) -> str:
 class PagedCaching(Implementation):
     """A compiled write."""
 
+    checks_alignment = True
+
     def __init__(self, info: PagedCachingInfo, device: CudaDevice, report: DeviceReport) -> None:
         if info.num_slots > MOST:
             rule = f"must have at most {MOST} slots on a GPU"
             raise NotSupportedError("k_cache", rule, info.num_slots)
         self._slot_size = info.slot_dtype.itemsize
-        self._pack = packer(structure(source.read(FILE), "PagedCachingCall"))
         # All widths are one program, so a new shape never compiles. Addresses are known only at
         # each call, and some may need a narrower instance than the strides allow.
         possible = [width for width in WIDTHS if info.dtype.itemsize <= width]
@@ -71,11 +77,13 @@ class PagedCaching(Implementation):
             if width <= widest
         }
         self._widest = self._kernels[widest]
-        self._mask = widest - 1
+        self._mask, self._slot_mask = widest - 1, self._slot_size - 1
         self._report_to(report)
 
     def _report_to(self, report: DeviceReport) -> None:
-        self._report, self._report_at, self._streams = report, report.address, report.streams
+        self._report, self._streams = report, report.streams
+        self._launches: dict[_Grid, list[Launch]] = {}  # that are ready
+        self._plans: dict[int, Plan] = {}  # for numbers of tokens that were seen
 
     def reporting_to(self, report: DeviceReport) -> PagedCaching:
         """Return the same with another report."""
@@ -85,52 +93,48 @@ class PagedCaching(Implementation):
 
     def launch_config(self, rows: int) -> LaunchConfig:
         """Return the launch for so many tokens whose addresses allow the widest access."""
-        grid, blocks = self._widest.plan(min(rows, self._widest.most_tokens))
-        return LaunchConfig((max(blocks, 1), grid.rows, 1), (grid.threads, 1, 1))
+        tokens = min(rows, self._widest.most_tokens)
+        grid = self._widest.grid(tokens)
+        return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
 
     def run(
         self, tokens: int, k_cache: int, v_cache: int, k: int, v: int, slots: int, stream: int
     ) -> None:
         """Queue the write of so many tokens."""
-        misaligned = (k_cache | v_cache | k | v) & self._mask
-        # The lowest bit that is set is the alignment that all four addresses share.
-        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
-        try:
-            grid, blocks = kernel.plans[tokens]
-        except KeyError:
+        plan = self._plans.get(tokens)
+        misaligned = (k_cache | v_cache | k | v) & self._mask or slots & self._slot_mask
+        if plan is None or misaligned:
+            kernel = self._kernel(k_cache, v_cache, k, v, slots)
             if tokens > kernel.most_tokens:
                 self._run_in_parts(kernel, tokens, k_cache, v_cache, k, v, slots, stream)
                 return
-            grid, blocks = kernel.plan(tokens)
+            plan = self._plan(kernel, tokens)
+        launches, prepare, blocks = plan
         if stream not in self._streams:
             self._report.note(stream)
-        launches = grid.launches
         # Taking from and giving to a list is atomic, so no two threads have one launch.
         try:
             launch = launches.pop()
         except IndexError:
-            launch = grid.prepare()
-        report = self._report_at
-        self._pack(launch.parameters, 0, k_cache, v_cache, k, v, slots, tokens, 0, report)
+            launch = prepare()
+        launch.pack(k_cache, v_cache, k, v, slots, tokens)
         launch.run(blocks, stream)
         launches.append(launch)
 
     def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
         """Return a function of a stream that queues the same write each time."""
-        k_cache, v_cache, k, v, _ = addresses
-        misaligned = (k_cache | v_cache | k | v) & self._mask
-        kernel = self._kernels[misaligned & -misaligned] if misaligned else self._widest
+        kernel = self._kernel(*addresses)
         if rows > kernel.most_tokens:
             return functools.partial(self.run, rows, *addresses)
-        grid, blocks = kernel.plan(rows)
+        _, prepare, blocks = self._plan(kernel, rows)
         streams, note = self._streams, self._report.note
 
-        def prepare() -> Launch:
-            launch = grid.prepare()
-            self._pack(launch.parameters, 0, *addresses, rows, 0, self._report_at)
+        def packed() -> Launch:
+            launch = prepare()
+            launch.pack(*addresses, rows)
             return launch
 
-        launches = [prepare()]
+        launches = [packed()]
 
         def queue(stream: int) -> None:
             if stream not in streams:
@@ -138,11 +142,32 @@ class PagedCaching(Implementation):
             try:
                 launch = launches.pop()
             except IndexError:
-                launch = prepare()
+                launch = packed()
             launch.run(blocks, stream)
             launches.append(launch)
 
         return queue
+
+    def _plan(self, kernel: _Kernel, tokens: int) -> Plan:
+        grid = kernel.grid(tokens)
+        launches = self._launches.setdefault(grid, [])
+        prepare = functools.partial(grid.prepare, self._report.address)
+        plan = launches, prepare, grid.blocks(tokens)
+        if kernel is self._widest:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[tokens] = plan
+        return plan
+
+    def _kernel(self, *addresses: int) -> _Kernel:
+        """Return the kernel with the widest access that these addresses allow."""
+        *rows, slots = addresses
+        for name, address in zip(("k_cache", "v_cache", "k", "v"), rows, strict=True):
+            check_address(name, address, min(self._kernels))
+        check_address("slot_mapping", slots, self._slot_size)
+        shared = functools.reduce(operator.or_, rows, self._mask + 1)
+        # The lowest bit that is set is the alignment that all four addresses share.
+        return self._kernels[shared & -shared]
 
     def _run_in_parts(
         self,
@@ -159,21 +184,11 @@ class PagedCaching(Implementation):
         self._report.note(stream)
         for done in range(0, tokens, kernel.most_tokens):
             part = min(tokens - done, kernel.most_tokens)
-            grid, blocks = kernel.plan(part)
-            launch = grid.prepare()
-            self._pack(
-                launch.parameters,
-                0,
-                k_cache,
-                v_cache,
-                k + done * kernel.k_token_stride,
-                v + done * kernel.v_token_stride,
-                slots + done * self._slot_size,
-                part,
-                done,
-                self._report_at,
-            )
-            launch.run(blocks, stream)
+            grid = kernel.grid(part)
+            k_at, v_at = k + done * kernel.k_token_stride, v + done * kernel.v_token_stride
+            launch = grid.prepare(self._report.address, done)
+            launch.pack(k_cache, v_cache, k_at, v_at, slots + done * self._slot_size, part)
+            launch.run(grid.blocks(part), stream)
 
 
 class _Kernel:
@@ -194,7 +209,6 @@ class _Kernel:
         if not most:
             rule = f"must have at most {MOST * width} bytes of K or V in a token"
             raise NotSupportedError("k_cache", rule, per_token * width)
-        self.plans: dict[int, tuple[_Grid, int]] = {}  # for numbers of tokens that were seen
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
         threads = limits.multiprocessors * many_threads
@@ -204,37 +218,43 @@ class _Kernel:
 
         def grid(rows: int, threads: int, tile: int) -> _Grid:
             parameters = _parameters(info, width, tile, per_row)
-            prepare = functools.partial(device.prepare, function, rows, threads, parameters)
-            return _Grid(rows, threads, tile, per_token * tile, prepare)
+            prepare = functools.partial(device.prepare, function, rows, threads)
+            return _Grid(rows, threads, tile, per_token * tile, prepare, parameters)
 
         tile = tile_of(info) if most >= TILE else 1
         self._small = grid(1, few_threads, 1)
         self._large = grid(1, many_threads, tile)
         self._apart = grid(2, many_threads, tile)
 
-    def plan(self, tokens: int) -> tuple[_Grid, int]:
-        """Return the grid for a write of so many tokens, and its blocks in a row."""
+    def grid(self, tokens: int) -> _Grid:
+        """Return the grid for a write of so many tokens."""
         if tokens <= self._few_tokens:
-            grid = self._small
-        else:
-            grid = self._apart if tokens > self._many_tokens else self._large
-        if len(self.plans) >= MOST_PLANS:
-            self.plans.clear()
-        self.plans[tokens] = grid, grid.blocks(tokens)
-        return self.plans[tokens]
+            return self._small
+        return self._apart if tokens > self._many_tokens else self._large
 
 
 class _Grid:
-    """How the vectors of a write are distributed to threads, and launches that are ready."""
+    """How the vectors of a write are distributed to threads."""
 
     def __init__(
-        self, rows: int, threads: int, tile: int, per_tile: int, prepare: Callable[[], Launch]
+        self,
+        rows: int,
+        threads: int,
+        tile: int,
+        per_tile: int,
+        prepare: Callable[[ctypes.Structure], Launch],
+        parameters: ctypes.Structure,
     ) -> None:
         self.rows = rows  # of blocks: one for K and V, or one for each
         self.threads = threads
-        self.prepare = prepare
-        self.launches: list[Launch] = []
         self._tile, self._per_tile = tile, per_tile
+        self._prepare, self._parameters = prepare, parameters
+
+    def prepare(self, report: int, first_token: int = 0) -> Launch:
+        """Return a launch that reports to an address, and numbers tokens from `first_token` on."""
+        parameters: Any = type(self._parameters).from_buffer_copy(self._parameters)
+        parameters.report, parameters.first_token = report, first_token
+        return self._prepare(parameters)
 
     def blocks(self, tokens: int) -> int:
         """Return how many blocks of a row hold a thread for each vector of all tiles."""

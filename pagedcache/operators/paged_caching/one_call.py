@@ -62,13 +62,12 @@ def paged_caching(
     >>> cache[0, :, 0, :, 0].tolist()  # slot 6 is block 3, offset 0; -1 is padding
     [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     """
-    try:
-        recent = _kept.recent.get((layout, on_invalid), ())
-    except TypeError:  # an option that cannot be hashed, which is wrong
-        recent = ()
-    for calls in recent:
-        call = calls.get(type(k_cache))
-        if call is not None and call(k_cache, v_cache, k, v, slot_mapping, stream):
+    for (known_layout, known_on_invalid), descriptor in _kept.recent:
+        if (
+            layout is known_layout
+            and on_invalid is known_on_invalid
+            and descriptor.latest(k_cache, v_cache, k, v, slot_mapping, stream)
+        ):
             return
     _kept.run((k_cache, v_cache, k, v, slot_mapping), (layout, on_invalid), stream)
 
