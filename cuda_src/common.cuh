@@ -39,9 +39,8 @@ struct Vector<16> {
 // quotient (Granlund and Montgomery 1994, with multiplier = floor(2^shift / value) + 1 and
 // shift = 31 + ceil(log2 value)): two instructions, where a division takes tens.
 struct Divisor {
-  unsigned int value;
   unsigned int multiplier;
-  unsigned long long shift;
+  unsigned int shift;
 
   __device__ __forceinline__ unsigned int divide(unsigned int dividend) const {
     return static_cast<unsigned int>((static_cast<unsigned long long>(dividend) * multiplier) >>

@@ -10,47 +10,58 @@
 
 namespace pagedcache {
 
-// How the rows of K, or those of V, lie in the source and in the cache. Strides are in bytes.
-struct Rows {
-  long long source_token_stride;
-  long long source_head_stride;
-  long long cache_slot_stride;
-  long long cache_block_step;  // block stride - block size * slot stride: what blocks add to slots
-  long long cache_head_stride;
-  unsigned long long vectors_per_row;
+// Strides are in bytes.
+struct SourceRows {
+  long long token_stride;
+  long long head_stride;
+};
+
+struct CacheRows {
+  long long slot_stride;
+  long long block_step;  // block stride - block size * slot stride: what blocks add to slots
+  long long head_stride;
 };
 
 // What changes from call to call. The host packs these words in this order.
 struct PagedCachingCall {
-  char* k_cache;
-  char* v_cache;
   const char* k;
   const char* v;
   const void* slot_mapping;
   long long tokens;
+  char* k_cache;
+  char* v_cache;
 };
 
+// In the order of use: what the loads need, what the stores need, and what few kernels need.
 struct PagedCachingParameters {
   PagedCachingCall call;
-  long long first_token;  // the number of this launch's first token in the call
-  Report* report;
-  unsigned long long num_slots;  // at most 2^31
-  Divisor block_size;
   Divisor vectors_per_row;  // of the longer of K and V
   Divisor rows_per_tile;
-  unsigned long long tile_shift;  // a tile is 2^tile_shift tokens
-  Rows k_rows;
-  Rows v_rows;
+  unsigned int tile_rows;
+  unsigned int tile_shift;  // a tile is 2^tile_shift tokens
+  unsigned int k_vectors;   // in a row
+  unsigned int v_vectors;
+  SourceRows k_source;
+  SourceRows v_source;
+
+  Divisor block_size;
+  unsigned long long num_slots;  // at most 2^31
+  CacheRows k_to;
+  CacheRows v_to;
+
+  Report* report;
+  long long first_token;  // the number of this launch's first token in the call
 };
 
-// In a block; THREADS of the host has no more. The bound below says that 2048 threads must fit on a
+// In a block; the host asks for no more. The bound below says that 2048 threads must fit on a
 // multiprocessor, with 32 registers each. It has no effect where only 1536 fit (compute capability
 // 7.5, 8.6, 8.9, 12.0).
 constexpr int kMostThreads = 512;
 
-// Threads that prefetch: about as many as a large GPU holds at once. The others start when the wait
-// is over, and would ask for the same bytes twice.
+// Threads that may prefetch: about as many as a large GPU holds at once. The others start when the
+// wait is over, and would ask for the same bytes twice.
 constexpr unsigned int kFirstThreads = 1u << 18;
+constexpr unsigned int kLine = 128;  // bytes that a prefetch brings
 
 // Grid: a thread for each vector of a row. It copies that vector of K and the one of V at the same
 // place, so both share one look-up of the slot. Threads go along the rows of one head of a tile's
@@ -61,38 +72,44 @@ constexpr unsigned int kFirstThreads = 1u << 18;
 //
 // In a grid of two rows of blocks, the first copies K and the second V. Where there are more
 // threads than a device holds, memory is faster with fewer streams at a time.
-template <typename T, typename Slot, int kWidth>
+//
+// A kernel that gets ahead lets the next one start at once, and prefetches, so that several stand
+// beside each other and bring what they will load.
+template <typename T, typename Slot, int kWidth, bool kAhead>
 __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
     pagedCaching(const __grid_constant__ PagedCachingParameters p) {
   static_assert(kWidth % sizeof(T) == 0, "a vector must hold whole elements");
   using V = typename Vector<kWidth>::type;
 
-  // At once: whatever the next kernel reads, it waits for this one, as this one waits below.
-  letNextKernelStart();
+  // Whenever the next kernel starts, it waits for this one, as this one waits below.
+  if (kAhead) letNextKernelStart();
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned int row = p.vectors_per_row.divide(index);
-  const unsigned int in_row = index - row * p.vectors_per_row.value;
+  const unsigned int in_row = index - row * (p.k_vectors > p.v_vectors ? p.k_vectors : p.v_vectors);
   const unsigned int tile = p.rows_per_tile.divide(row);
-  const unsigned int in_tile = row - tile * p.rows_per_tile.value;
-  const unsigned int shift = static_cast<unsigned int>(p.tile_shift);
+  const unsigned int in_tile = row - tile * p.tile_rows;
+  const unsigned int shift = p.tile_shift;
   const unsigned int head = in_tile >> shift;
   const unsigned int token = (tile << shift) + (in_tile & ((1u << shift) - 1));
   if (token >= p.call.tokens) return;
   const bool first_row = blockIdx.y == 0, last_row = blockIdx.y == gridDim.y - 1;
-  const bool has_k = first_row && in_row < p.k_rows.vectors_per_row;
-  const bool has_v = last_row && in_row < p.v_rows.vectors_per_row;
+  const bool has_k = first_row && in_row < p.k_vectors;
+  const bool has_v = last_row && in_row < p.v_vectors;
+  const bool first_of_token = first_row && in_row == 0 && head == 0;
   const long long offset = static_cast<long long>(in_row) * kWidth;
   const Slot* const slot_at = static_cast<const Slot*>(p.call.slot_mapping) + token;
   const char* const k_at =
-      p.call.k + token * p.k_rows.source_token_stride + head * p.k_rows.source_head_stride + offset;
+      p.call.k + token * p.k_source.token_stride + head * p.k_source.head_stride + offset;
   const char* const v_at =
-      p.call.v + token * p.v_rows.source_token_stride + head * p.v_rows.source_head_stride + offset;
-  const bool early = first_row && index < kFirstThreads;
-  if (early) prefetch(slot_at);
-  if (early && has_k) prefetch(k_at);
-  if (early && has_v) prefetch(v_at);
+      p.call.v + token * p.v_source.token_stride + head * p.v_source.head_stride + offset;
+  if (kAhead && first_row && index < kFirstThreads && in_row % (kLine / kWidth) == 0) {
+    if (first_of_token) prefetch(slot_at);
+    if (has_k) prefetch(k_at);
+    if (has_v) prefetch(v_at);
+  }
 
   waitForKernelAhead();
+  if (!kAhead) letNextKernelStart();
   // All loads are under way before the slot is needed. Stores wait for the slot, so what can be
   // computed before it comes is: a compiler would move that into the branch of the store.
   long long slot = *slot_at;
@@ -103,16 +120,15 @@ __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
   const bool valid = static_cast<unsigned long long>(slot) < p.num_slots;
   const unsigned int to = valid ? static_cast<unsigned int>(slot) : 0;
   const unsigned int block = p.block_size.divide(to);
-  long long k_to = head * p.k_rows.cache_head_stride + offset + to * p.k_rows.cache_slot_stride +
-                   block * p.k_rows.cache_block_step;
-  long long v_to = head * p.v_rows.cache_head_stride + offset + to * p.v_rows.cache_slot_stride +
-                   block * p.v_rows.cache_block_step;
+  long long k_to =
+      head * p.k_to.head_stride + offset + to * p.k_to.slot_stride + block * p.k_to.block_step;
+  long long v_to =
+      head * p.v_to.head_stride + offset + to * p.v_to.slot_stride + block * p.v_to.block_step;
   keep(k_to);
   keep(v_to);
   if (valid && has_k) *reinterpret_cast<V*>(p.call.k_cache + k_to) = k;
   if (valid && has_v) *reinterpret_cast<V*>(p.call.v_cache + v_to) = v;
   keep(slot);  // compared anew, so that the report is not a branch before the stores
-  const bool first_of_token = first_row && in_row == 0 && head == 0;
   if (first_of_token && slot >= static_cast<long long>(p.num_slots)) {
     report(p.report, p.first_token + token, slot);
   }

@@ -158,7 +158,7 @@ class Module:
         self.mapping = mapping
 compiler.function.Module = Module
 compiler._get_arch_for_options_for_nvrtc = lambda arch: ("-arch=sm_" + arch, "cubin")
-names = (paged_caching.instance("bfloat16", "int64", 16),)
+names = (paged_caching.instance("bfloat16", "int64", 16, True),)
 def compile():
     return compiler._compile_with_cache_cuda(
         source.read(paged_caching.FILE), ("--std=c++17",), "90", name_expressions=names)

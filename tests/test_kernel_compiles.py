@@ -15,10 +15,10 @@ nvrtc = cupy.cuda.nvrtc
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 INSTANCES = [
-    (dtype, slots, width)
+    (dtype, slots, width, ahead)
     for dtype in nvidia.TYPE_NAMES
     for slots in nvidia.SLOT_NAMES
-    for width in nvidia.WIDTHS
+    for width, ahead in nvidia.INSTANCES
     if width >= (4 if dtype == "float32" else 2)
 ]
 # What CuPy adds to every compilation; neither an include path nor a header is given.
@@ -47,10 +47,10 @@ def test_every_instance_compiles(architecture):
     if architecture not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not make code for sm_{architecture}")
     expressions = [nvidia.instance(*instance) for instance in INSTANCES]
-    assert len(expressions) == 22
+    assert len(expressions) == 28
     names, cubin, ptx, log = compile_for(architecture, source.read(nvidia.FILE), expressions)
     assert cubin.startswith(b"\x7fELF")
-    for (_, slots, width), name in zip(INSTANCES, names, strict=True):
+    for (_, slots, width, gets_ahead), name in zip(INSTANCES, names, strict=True):
         assert name.encode() in cubin
         body = re.search(rf"\.entry {name}\((.*?)^}}", ptx, re.DOTALL | re.MULTILINE)[1]
         vector = {16: "v4.u32", 8: "v2.u32", 4: "u32", 2: "u16"}[width]
@@ -68,8 +68,8 @@ def test_every_instance_compiles(architecture):
         if programmatic:
             ahead, _, after = body.partition("griddepcontrol.wait")
             assert not re.search(r"(ld|st|red|atom)\.global|\batom\.", ahead)
-            assert "griddepcontrol.launch_dependents" in ahead
-            assert ahead.count("prefetch.global.L2") == 3
+            assert ("griddepcontrol.launch_dependents" in ahead) is gets_ahead
+            assert ahead.count("prefetch.global.L2") == (3 if gets_ahead else 0)
             assert len(re.findall(r"(?:ld|st)\.global", after)) == 5
         assert ".local" not in body
         assert ".shared" not in body
@@ -87,7 +87,7 @@ def test_every_instance_compiles(architecture):
 
 def test_a_kernel_that_does_not_compile_says_why():
     with pytest.raises(AssertionError, match="a vector must hold whole elements"):
-        compile_for(90, source.read(nvidia.FILE), [nvidia.instance("float32", "int64", 2)])
+        compile_for(90, source.read(nvidia.FILE), [nvidia.instance("float32", "int64", 2, False)])
 
 
 def test_a_device_below_512_threads_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from layouts import cases, invalid_slots, same, simple_case
 
 import pagedcache as pc
 from pagedcache import infiniop
-from pagedcache.operators.paged_caching.nvidia import THREADS
+from pagedcache.operators.paged_caching.nvidia import LARGE, SCALES, STEPS, instance
 from pagedcache.status import Status
 
 pytestmark = pytest.mark.gpu
@@ -42,9 +43,9 @@ def on_cpu(case):
 def test_writes_what_the_cpu_backend_writes(cupy, case, as_if_large):
     there = case.on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays(), layout=case.layout) as descriptor:
-        if as_if_large:  # with threads for K and others for V, whatever the shapes are
+        if as_if_large:
             for kernel in descriptor._implementation._kernels.values():
-                kernel._few_tokens = kernel._many_tokens = 0
+                kernel._steps.clear()
         descriptor.calculate(*there.arrays())
         assert descriptor._report.take() == invalid_slots(case)
     same(there, on_cpu(case))
@@ -296,14 +297,17 @@ def test_strategy_follows_the_device(cupy):
     assert handle.device == "cuda:0"
     there = simple_case().on(cupy.asarray)
     with pc.Descriptor.create(*there.arrays(), handle=handle) as descriptor:
-        config = descriptor.launch_config(65_536)
-        assert config.shared_mem == 0
-        small, large = THREADS[handle.opened().limits.thread_class]
-        assert config.block == (large, 1, 1)
-        assert descriptor.launch_config(1).block == (small, 1, 1)
-        assert config.grid[0] * large == 65_536 * 3 * 8 * 2 // 16
-        assert config.grid[1:] == (1, 1)  # too few bytes to fill the device
-        assert descriptor.launch_config(1 << 20).grid[1] == 2
+        limits = handle.opened().limits
+        scale = SCALES[limits.thread_class]
+        for threads_on_each, threads, _ in STEPS:
+            tokens = int(threads_on_each * scale) * limits.multiprocessors // 3  # 3 threads for one
+            config = descriptor.launch_config(tokens)
+            assert config.block == (threads * scale, 1, 1)
+            assert config.grid == (-(-tokens * 3 // (threads * scale)), 1, 1)
+            assert config.shared_mem == 0
+        config = descriptor.launch_config(tokens + 1)  # K and V have threads of their own
+        assert config.block == (LARGE[0] * scale, 1, 1)
+        assert config.grid == (-(-(tokens + 1) * 3 // (LARGE[0] * scale)), 2, 1)
 
 
 def test_bad_input(cupy):
@@ -353,7 +357,7 @@ def test_a_refused_launch_is_raised(cupy):
 def test_a_kernel_that_does_not_compile_says_why(cupy):
     device = pc.Handle("cuda:0").opened()
     with pytest.raises(RuntimeError, match="a vector must hold whole elements"):
-        device.compile("paged_caching.cuh", ("pagedcache::pagedCaching<pagedcache::F32, int, 2>",))
+        device.compile("paged_caching.cuh", (instance("float32", "int32", 2, ahead=True),))
 
 
 def test_second_device_while_the_first_is_current(cupy):
@@ -1086,6 +1090,7 @@ def test_other_threads_go_on_while_a_stream_is_captured(cupy, library, mode):
     for name in ("k_cache", "v_cache"):
         captured.buffers[name][...] = cupy.asarray(case.buffers[name])
     cupy.cuda.Device().synchronize()
+    gc.collect()  # a graph of an earlier test that is destroyed in a capture would end it
 
     def elsewhere():
         with cupy.cuda.Stream(non_blocking=True) as stream:

@@ -30,7 +30,7 @@ from pagedcache.backend.nvidia import source
 from pagedcache.operators.paged_caching import nvidia as paged_caching
 from cupy.cuda import nvrtc
 program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
-name = paged_caching.instance("bfloat16", "int64", 16)
+name = paged_caching.instance("bfloat16", "int64", 16, True)
 nvrtc.addNameExpression(program, name)
 nvrtc.compileProgram(program, ("--std=c++17", "-arch=sm_80"))
 print(pagedcache.__file__)
@@ -110,9 +110,9 @@ else:
     from cupy.cuda import nvrtc
     from pagedcache.backend.nvidia import source
     from pagedcache.operators.paged_caching import nvidia as paged_caching
-    for width in paged_caching.WIDTHS:
+    for width, ahead in paged_caching.INSTANCES:
         program = nvrtc.createProgram(source.read(paged_caching.FILE), "kernel.cu", (), ())
-        name = paged_caching.instance("bfloat16", "int64", width)
+        name = paged_caching.instance("bfloat16", "int64", width, ahead)
         nvrtc.addNameExpression(program, name)
         nvrtc.compileProgram(program, ("--std=c++17", "-arch=sm_90"))
         assert nvrtc.getCUBIN(program).startswith(b"\\x7fELF")

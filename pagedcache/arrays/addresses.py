@@ -20,9 +20,13 @@ class Addresses(Library):
     recognised = True
 
     def conditions(
-        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
     ) -> list[str]:
-        """Return expressions that are true of addresses."""
+        """Return expressions that are true of addresses. How long the data is, is trusted."""
         names = [one.name for one in expected]
         types = " is ".join(f"type({name})" for name in names)
         return [f"{types} is int", f"not ({' | '.join(names)}) >> {BITS}"]
@@ -35,10 +39,6 @@ class Addresses(Library):
         """Return the number of rows that there were when the descriptor was created."""
         constants["rows"] = expected.shape[0]
         return "rows"
-
-    def enough(self, expected: Expected, constants: dict[str, Any]) -> list[str]:
-        """Return no condition: that there are so many rows is trusted."""
-        return []
 
 
 ADDRESSES = Addresses()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pagedcache.arrays.library import Library
+from pagedcache.arrays.library import Library, long_enough
 from pagedcache.arrays.numpy import looks, shape_is
 from pagedcache.tensors import Expected, Tensor
 
@@ -35,7 +35,11 @@ class Cupy(Library):
         return Tensor(memory.ptr, array.dtype, array.shape, array.strides, device, writable=True)
 
     def conditions(
-        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of arrays that look as expected."""
         several = self._cupy.cuda.runtime.getDeviceCount() > 1
@@ -53,6 +57,7 @@ class Cupy(Library):
                 ]
             else:
                 found += looks(one, array, constants)
+            found += long_enough(one, counted_by)
             if several:
                 found.append(f"{name}.data.device_id == {array.data.device_id}")
         return found

@@ -19,8 +19,8 @@ class Library:
     Attributes
     ----------
     recognised : bool
-        Whether `conditions`, `address`, `rows` and `enough` serve for arrays of this library. Then
-        a descriptor recognises such arrays in a fraction of the time that `read` takes.
+        Whether `conditions`, `address` and `rows` serve for arrays of this library. Then a
+        descriptor recognises such arrays in a fraction of the time that `read` takes.
     """
 
     recognised = False
@@ -53,11 +53,17 @@ class Library:
     # gets a value for each other name that is used.
 
     def conditions(
-        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of arrays that look as expected.
 
-        `arrays` are some that do, for what a library would rather copy from them.
+        `arrays` are some that do, for what a library would rather copy from them. The variable
+        ``count`` has the length of the array named `counted_by`; a free first axis of any other
+        must be at least as long.
         """
         raise NotImplementedError
 
@@ -69,15 +75,16 @@ class Library:
         """Return an expression for the length of the first axis."""
         return f"len({expected.name})"
 
-    def enough(self, expected: Expected, constants: dict[str, Any]) -> list[str]:
-        """Return conditions for the first axis to have a length of at least ``count``."""
-        return [f"len({expected.name}) >= count"]
-
     def statements(
         self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
     ) -> list[str]:
         """Return statements that tell the library which of the arrays are written in place."""
         return []
+
+
+def long_enough(one: Expected, counted_by: str) -> list[str]:
+    """Return conditions for the length of an array whose length its ``len`` gives."""
+    return [f"len({one.name}) >= count"] if one.free and one.name != counted_by else []
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ function made for these arrays, as `dataclasses` makes an ``__init__``: its sour
 attribute that is compared, and has no loop and no call that it can do without. For five CuPy
 arrays, the source of the one for a write begins::
 
-    if not (k_cache._c_contiguous and k_cache.dtype == k_cache_dtype and ...):
+    if not (k_cache._c_contiguous and k_cache.dtype == k_cache_dtype and ...
+            and (count := len(slot_mapping)) > 0 and len(k) >= count and len(v) >= count):
         return False
 """
 
@@ -84,21 +85,22 @@ def recognised_call(
         "current_stream": current_stream,
         "handle_of": handle_of,
     }
-    conditions, statements, enough = [], [], []
+    conditions, statements = [], []
     address, count = {}, ""
     for library, indices in groups.values():
         mine, theirs = [expected[i] for i in indices], [arrays[i] for i in indices]
-        conditions += library.conditions(mine, theirs, constants)
+        conditions += library.conditions(mine, theirs, counted_by, constants)
         statements += library.statements(mine, theirs, constants)
         for one in mine:
             address[one.name] = library.address(one.name)
             if one.name == counted_by:
                 count = library.rows(one, constants)
-            elif one.free:
-                enough += library.enough(one, constants)
     names = [one.name for one in expected]
-    lines = [f"if not ({' and '.join(conditions)}):", "    return False", f"count = {count}"]
-    lines += [f"if not ({' and '.join(['count > 0', *enough])}):", "    return False"]
+    # Arrays of another library are refused sooner than they are counted.
+    conditions.sort(key=lambda condition: "count" in condition)
+    uncounted = sum("count" not in condition for condition in conditions)
+    conditions.insert(uncounted, f"(count := {count}) > 0")
+    lines = [f"if not ({' and '.join(conditions)}):", "    return False"]
     lines += [f"at_{name} = {address[name]}" for name in names]
     lines += _address_checks(expected, check_alignment=check_alignment)
     for first, second in itertools.combinations(range(len(expected)), 2):

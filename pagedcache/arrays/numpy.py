@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedcache.arrays.library import Library
+from pagedcache.arrays.library import Library, long_enough
 from pagedcache.tensors import Array, Expected, Tensor
 
 
@@ -24,13 +24,18 @@ class Numpy(Library):
         )
 
     def conditions(
-        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of arrays that look as expected."""
         constants["ndarray"] = np.ndarray
         found = []
         for one, array in zip(expected, arrays, strict=True):
             found += [f"type({one.name}) is ndarray", *looks(one, array, constants)]
+            found += long_enough(one, counted_by)
             if one.written:
                 found.append(f"{one.name}.flags.writeable")
         return found

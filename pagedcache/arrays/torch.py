@@ -18,6 +18,8 @@ from pagedcache.status import (
 )
 from pagedcache.tensors import Expected, Tensor
 
+MOST_GUARDS = 1024
+
 
 class Torch(Library):
     """Tensors of PyTorch.
@@ -93,7 +95,11 @@ class Torch(Library):
         return note
 
     def conditions(
-        self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of tensors that look as expected."""
         names = [one.name for one in expected]
@@ -105,35 +111,30 @@ class Torch(Library):
             one.written and array.requires_grad for one, array in zip(expected, arrays, strict=True)
         ):
             found.append("not grad_enabled()")
-        sizes = [[*one.shape] for one in expected]
-        for one, lengths in zip(expected, sizes, strict=True):
-            if one.free:
-                lengths[0] = None  # type: ignore[call-overload]
         steps = [list(array.stride()) for array in arrays]
         for one, strides in zip(expected, steps, strict=True):
             if one.free:
                 strides[0] = one.strides[0] // one.dtype.itemsize
+        longer = [one.free and one.name != counted_by for one in expected]
         try:
-            # What torch.compile recognises its inputs by: one call for all tensors, which also
-            # compares their devices, and whether they require grad.
-            guards = self._torch._C._dynamo.guards.TensorGuards(
-                *arrays, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps
-            )
+            constants["guards"] = guards = _Guards(self._torch, expected, arrays, steps, longer)
         except (AttributeError, TypeError):  # of some other version
-            return found + self._public_conditions(expected, arrays, steps, constants)
-        constants["check"] = guards.check
-        return [*found, f"check({', '.join(names)})"]
+            return found + self._public_conditions(expected, arrays, steps, longer, constants)
+        constants["look_closer"], constants["never"] = guards.look_closer, lambda *_: False
+        tensors = ", ".join(names)
+        return [*found, f"(guards.get(count, never)({tensors}) or look_closer(count, {tensors}))"]
 
     def _public_conditions(
         self,
         expected: Sequence[Expected],
         arrays: Sequence[Any],
         steps: Sequence[Sequence[int]],
+        longer: Sequence[bool],
         constants: dict[str, Any],
     ) -> list[str]:
         constants["Tensor"] = self._torch.Tensor
         found = []
-        for one, array, strides in zip(expected, arrays, steps, strict=True):
+        for one, array, strides, may_be in zip(expected, arrays, steps, longer, strict=True):
             name = one.name
             constants[f"{name}_dtype"] = array.dtype
             constants[f"{name}_device"] = array.device
@@ -149,6 +150,8 @@ class Torch(Library):
             ]
             if one.written:
                 found.append(f"{name}.requires_grad is {array.requires_grad}")
+            if may_be:
+                found.append(f"{name}.size(0) >= count")
         return found
 
     def address(self, name: str) -> str:
@@ -163,11 +166,6 @@ class Torch(Library):
         constants[f"{expected.name}_row"] = row
         return f"{expected.name}.numel() // {expected.name}_row"
 
-    def enough(self, expected: Expected, constants: dict[str, Any]) -> list[str]:
-        """Return conditions for the first axis to have a length of at least ``count``."""
-        constants[f"{expected.name}_row"] = math.prod(expected.shape[1:])
-        return [f"{expected.name}.numel() >= count * {expected.name}_row"]
-
     def statements(
         self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
     ) -> list[str]:
@@ -179,6 +177,48 @@ class Torch(Library):
         ]
         constants["bump"] = self._bump
         return [f"bump(({', '.join(noted)},))"] if noted else []
+
+
+class _Guards(dict[int, Callable[..., bool]]):
+    """By numbers of rows, whether tensors look as expected and have exactly so many.
+
+    Guards are what ``torch.compile`` recognises its inputs by: one call for all tensors, which also
+    compares their devices, and whether they require grad. A guard of exact lengths saves reading
+    each of them, so there is one for each number of rows that was seen.
+    """
+
+    def __init__(
+        self,
+        torch: Any,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        steps: Sequence[Sequence[int]],
+        longer: Sequence[bool],
+    ) -> None:
+        super().__init__()
+        make = torch._C._dynamo.guards.TensorGuards
+        shapes = [(None, *one.shape[1:]) if one.free else one.shape for one in expected]
+
+        def guard(arrays: Sequence[Any], shapes: Sequence[Any]) -> Callable[..., bool]:
+            # It keeps none of these tensors alive.
+            sizes = [*map(list, shapes)]
+            made = make(*arrays, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps)
+            check: Callable[..., bool] = made.check
+            return check
+
+        self._guard, self._of_any_length, self._longer = guard, guard(arrays, shapes), longer
+
+    def look_closer(self, count: int, *tensors: Any) -> bool:
+        """Return whether tensors look as expected, and remember their lengths if they do."""
+        if not self._of_any_length(*tensors):
+            return False
+        shapes = [tensor.shape for tensor in tensors]
+        if any(shape[0] < count for shape, may in zip(shapes, self._longer, strict=True) if may):
+            return False
+        if len(self) >= MOST_GUARDS:
+            self.clear()
+        self[count] = self._guard(tensors, shapes)
+        return True
 
 
 def _version_bump(torch: Any) -> Callable[[tuple[Any, ...]], None]:

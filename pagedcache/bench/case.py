@@ -16,7 +16,7 @@ from pagedcache.dtypes import as_dtype
 SLOT_ORDERS = ("blocks", "random", "sequential")
 SOURCES = ("plain", "qkv")
 INPUTS = ("cold", "hot")
-HOT_SETS = 4
+HOT_SETS, MOST_SETS = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Case:
             for size in (axes.head_size, axes.v_head_size)
         )
         rng = np.random.default_rng(0)
-        count = min(max(2, -(-rotate_bytes // max(axes.payload, 1))), 40)
+        count = min(max(2, -(-rotate_bytes // max(axes.payload, 1))), MOST_SETS)
         if axes.inputs == "hot":
             count = HOT_SETS
         self.sets = [self._inputs(rng) for _ in range(count)]

@@ -19,6 +19,7 @@ OperationT = TypeVar("OperationT", bound=Operation[Any])
 
 MOST_KEPT = 256
 MOST_RECENT = 8
+FOUND_OFTEN = 32
 
 
 class Kept(Generic[OperationT]):
@@ -33,9 +34,9 @@ class Kept(Generic[OperationT]):
 
     Attributes
     ----------
-    recent : tuple
-        Options and operations to try before any is looked up, the latest first. A model has layers
-        of a few shapes, and calls for them in turn.
+    recent : tuple of tuples
+        Options followed by an operation, to try before any is looked up. A model has layers of a
+        few shapes, and calls for them in turn.
     """
 
     def __init__(self, kind: type[OperationT], create: Callable[..., OperationT]) -> None:
@@ -43,11 +44,12 @@ class Kept(Generic[OperationT]):
         self._create = create
         self._kept: dict[Hashable, OperationT] = {}  # the least recently found first
         self._lock = Lock()
-        self.recent: tuple[tuple[tuple[Any, ...], OperationT], ...] = ()
+        self.recent: tuple[tuple[Any, ...], ...] = ()
+        self._found = 0
 
     def run(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> None:
         """Run the operation for these arrays and options, creating it if there is none."""
-        for known, operation in self.recent:
+        for *known, operation in self.recent:
             if all(map(operator.is_, options, known)) and operation.call(arrays, stream):
                 return
         names = self._kind.arguments
@@ -64,9 +66,23 @@ class Kept(Generic[OperationT]):
             self._kept[key] = operation
             if len(self._kept) > MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
-            others = (each for each in self.recent if each[1] is not operation)
-            self.recent = ((options, operation), *others)[:MOST_RECENT]
+            self._put_first((*options, operation))
         operation.run(arrays, stream)
+
+    def found(self, entry: tuple[Any, ...]) -> None:
+        """Note that an entry of `recent` was found behind others, and now and then put it first.
+
+        Where all calls are for one entry, few of them find it behind others. Where calls are for
+        several in turn, none of them is worth putting first.
+        """
+        self._found += 1
+        if self._found % FOUND_OFTEN == 0:
+            with self._lock:
+                self._put_first(entry)
+
+    def _put_first(self, entry: tuple[Any, ...]) -> None:
+        others = (each for each in self.recent if each[-1] is not entry[-1])
+        self.recent = (entry, *others)[:MOST_RECENT]
 
     def _look(self, name: str, tensor: Tensor) -> Hashable:
         dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides

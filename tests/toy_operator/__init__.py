@@ -79,7 +79,7 @@ class Negate(Operation[NegateInfo]):
 
 
 def negate(target: Any, source: Any, *, stream: Any = None) -> None:
-    for _, negation in kept.recent:
+    for (negation,) in kept.recent:
         if negation.latest(target, source, stream):
             return
     kept.run((target, source), (), stream)

@@ -14,6 +14,7 @@ struct NegateCall {
 struct NegateParameters {
   NegateCall call;
   pagedcache::Divisor size;
+  unsigned long long columns;
   long long unlucky;
   long long target_stride;
   long long source_stride;
@@ -23,7 +24,7 @@ __global__ void negate(const __grid_constant__ NegateParameters p) {
   pagedcache::letNextKernelStart();
   const unsigned int index = blockIdx.x * blockDim.x + threadIdx.x;
   const unsigned int row = p.size.divide(index);
-  const unsigned int column = index - row * p.size.value;
+  const unsigned int column = index - row * p.columns;
   pagedcache::waitForKernelAhead();
   if (row >= p.call.rows) return;
   if (row != p.unlucky) {

@@ -20,6 +20,7 @@ class Negate(Implementation):
         text = source.read(FILE)
         self._parameters = structure(text, "NegateParameters")(
             size=divisor(structure(text, "Divisor"), info.size),
+            columns=info.size,
             unlucky=toy_operator.UNLUCKY,
             target_stride=info.target_stride,
             source_stride=info.source_stride,

@@ -24,6 +24,7 @@ _TYPES: dict[str, Any] = {
     "unsigned long long": ctypes.c_ulonglong,
     "int": ctypes.c_int,
     "unsigned int": ctypes.c_uint,
+    "unsigned short": ctypes.c_ushort,
     "float": ctypes.c_float,
     "double": ctypes.c_double,
 }
@@ -33,6 +34,7 @@ _FORMATS = {
     ctypes.c_ulonglong: "Q",
     ctypes.c_int: "i",
     ctypes.c_uint: "I",
+    ctypes.c_ushort: "H",
     ctypes.c_float: "f",
     ctypes.c_double: "d",
 }
@@ -91,4 +93,4 @@ def packer(kind: type[ctypes.Structure]) -> Callable[..., None]:
 def divisor(kind: type[ctypes.Structure], value: int) -> ctypes.Structure:
     """Return ``struct Divisor`` of the CUDA source, which divides numbers below `MOST` exactly."""
     shift = 31 + (value - 1).bit_length()
-    return kind(value=value, multiplier=(1 << shift) // value + 1, shift=shift)
+    return kind(multiplier=(1 << shift) // value + 1, shift=shift)

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.backend.nvidia import source
@@ -28,17 +28,21 @@ if TYPE_CHECKING:
     from pagedcache.operators.paged_caching.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
-WIDTHS = (16, 8, 4, 2)
+# Bytes that a thread moves at a time, and whether it gets ahead.
+INSTANCES = ((16, True), (16, False), (8, False), (4, False), (2, False))
 TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
-# Threads in a block, for each class of device: of a write that does not fill the device, and of one
-# that does. Class 1024 was measured, on an H200; every CUDA GPU so far is of that class, and the
-# numbers of the others are guesses.
-THREADS = {4096: (128, 512), 1024: (64, 256), 512: (32, 128)}
-# A write that has so many full blocks for each multiprocessor gives K and V threads of their own,
-# if it has at most so many heads, moves 16 bytes at a time, and leaves no thread idle. Measured, on
-# an H200.
-MANY_BLOCKS, FEW_HEADS = 7, 24
+# Of a write with up to so many threads for each multiprocessor: threads in a block, and whether it
+# gets ahead (see the kernel). A block that does may stand on a multiprocessor before those ahead of
+# it are done, so blocks of large writes would not be distributed evenly. Measured, on an H200.
+STEPS = ((200, 64, True), (2048, 128, False))
+LARGE = (256, True)  # the same two of any larger write
+# By class of device, what all threads are multiplied by. Every CUDA GPU so far is of class 1024,
+# and the others are guesses.
+SCALES = {4096: 2, 1024: 1, 512: 0.5}
+# A large write gives K and V threads of their own if it has at most so many heads, moves 16 bytes
+# at a time, and leaves no thread idle. Measured, on an H200.
+FEW_HEADS = 24
 # Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured, on an H200.
 TILE, WHOLE_ROW = 4, 256
 MOST_PLANS = 4096
@@ -47,11 +51,11 @@ Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
 """Launches that are ready, what prepares one more, and blocks in a row."""
 
 
-def instance(dtype: str, slot_dtype: str, width: int) -> str:
+def instance(dtype: str, slot_dtype: str, width: int, ahead: bool) -> str:
     """Return the C++ name of the kernel that moves `width` bytes a thread."""
     return (
         f"pagedcache::pagedCaching<pagedcache::{TYPE_NAMES[dtype]}, {SLOT_NAMES[slot_dtype]}, "
-        f"{width}>"
+        f"{width}, {str(ahead).lower()}>"
     )
 
 
@@ -67,14 +71,14 @@ class PagedCaching(Implementation):
         self._slot_size = info.slot_dtype.itemsize
         # All widths are one program, so a new shape never compiles. Addresses are known only at
         # each call, and some may need a narrower instance than the strides allow.
-        possible = [width for width in WIDTHS if info.dtype.itemsize <= width]
-        names = tuple(instance(str(info.dtype), str(info.slot_dtype), width) for width in possible)
+        possible = [each for each in INSTANCES if info.dtype.itemsize <= each[0]]
+        names = tuple(instance(str(info.dtype), str(info.slot_dtype), *each) for each in possible)
         functions = dict(zip(possible, device.compile(FILE, names), strict=True))
         widest = _alignment(info)
         self._kernels = {
-            width: _Kernel(info, width, function, device)
-            for width, function in functions.items()
-            if width <= widest
+            width: _Kernel(info, width, functions, device)
+            for width, ahead in possible
+            if width <= widest and not ahead
         }
         self._widest = self._kernels[widest]
         self._mask, self._slot_mask = widest - 1, self._slot_size - 1
@@ -117,7 +121,7 @@ class PagedCaching(Implementation):
             launch = launches.pop()
         except IndexError:
             launch = prepare()
-        launch.pack(k_cache, v_cache, k, v, slots, tokens)
+        launch.pack(k, v, slots, tokens, k_cache, v_cache)
         launch.run(blocks, stream)
         launches.append(launch)
 
@@ -130,8 +134,9 @@ class PagedCaching(Implementation):
         streams, note = self._streams, self._report.note
 
         def packed() -> Launch:
+            k_cache, v_cache, k, v, slots = addresses
             launch = prepare()
-            launch.pack(*addresses, rows)
+            launch.pack(k, v, slots, rows, k_cache, v_cache)
             return launch
 
         launches = [packed()]
@@ -187,7 +192,8 @@ class PagedCaching(Implementation):
             grid = kernel.grid(part)
             k_at, v_at = k + done * kernel.k_token_stride, v + done * kernel.v_token_stride
             launch = grid.prepare(self._report.address, done)
-            launch.pack(k_cache, v_cache, k_at, v_at, slots + done * self._slot_size, part)
+            slots_at = slots + done * self._slot_size
+            launch.pack(k_at, v_at, slots_at, part, k_cache, v_cache)
             launch.run(grid.blocks(part), stream)
 
 
@@ -195,42 +201,51 @@ class _Kernel:
     """One compiled instance, with what stays the same from call to call."""
 
     def __init__(
-        self, info: PagedCachingInfo, width: int, function: int, device: CudaDevice
+        self,
+        info: PagedCachingInfo,
+        width: int,
+        functions: Mapping[tuple[int, bool], int],
+        device: CudaDevice,
     ) -> None:
         limits: Limits = device.limits
         size = info.dtype.itemsize
         k_per_row, v_per_row = info.head_size * size // width, info.v_head_size * size // width
         per_row = max(k_per_row, v_per_row)
         per_token = info.num_kv_heads * per_row
-        few_threads, many_threads = THREADS[limits.thread_class]
+        scale = SCALES[limits.thread_class]
+        fewest, largest = int(STEPS[0][1] * scale), int(LARGE[0] * scale)
         # Indices stay below `MOST`, even if the last tile and the last block are not full.
-        most = min(MOST - many_threads, limits.max_grid_x * few_threads) // per_token
+        most = min(MOST - largest, limits.max_grid_x * fewest) // per_token
         self.most_tokens = most // TILE * TILE or most
         if not most:
             rule = f"must have at most {MOST * width} bytes of K or V in a token"
             raise NotSupportedError("k_cache", rule, per_token * width)
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
-        threads = limits.multiprocessors * many_threads
-        apart = width == 16 and k_per_row == v_per_row and info.num_kv_heads <= FEW_HEADS
-        self._few_tokens = threads // per_token
-        self._many_tokens = MANY_BLOCKS * threads // per_token if apart else self.most_tokens
 
-        def grid(rows: int, threads: int, tile: int) -> _Grid:
-            parameters = _parameters(info, width, tile, per_row)
+        def grid(threads: int, ahead: bool, tile: int, rows: int = 1) -> _Grid:
+            threads = int(threads * scale)
+            function = functions.get((width, ahead), functions[width, False])
             prepare = functools.partial(device.prepare, function, rows, threads)
+            parameters = _parameters(info, width, tile)
             return _Grid(rows, threads, tile, per_token * tile, prepare, parameters)
 
         tile = tile_of(info) if most >= TILE else 1
-        self._small = grid(1, few_threads, 1)
-        self._large = grid(1, many_threads, tile)
-        self._apart = grid(2, many_threads, tile)
+        on_each = limits.multiprocessors * scale / per_token
+        # A tile that is not full would cost the smallest writes more than it saves.
+        self._steps = [
+            (threads_on_each * on_each, grid(threads, ahead, tile if i else 1))
+            for i, (threads_on_each, threads, ahead) in enumerate(STEPS)
+        ]
+        apart = width == 16 and k_per_row == v_per_row and info.num_kv_heads <= FEW_HEADS
+        self._large = grid(*LARGE, tile, rows=2 if apart else 1)
 
     def grid(self, tokens: int) -> _Grid:
         """Return the grid for a write of so many tokens."""
-        if tokens <= self._few_tokens:
-            return self._small
-        return self._apart if tokens > self._many_tokens else self._large
+        for most, grid in self._steps:
+            if tokens <= most:
+                return grid
+        return self._large
 
 
 class _Grid:
@@ -261,34 +276,37 @@ class _Grid:
         return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
 
 
-def _parameters(info: PagedCachingInfo, width: int, tile: int, per_row: int) -> ctypes.Structure:
+def _parameters(info: PagedCachingInfo, width: int, tile: int) -> ctypes.Structure:
     """Return ``struct PagedCachingParameters`` without what a call adds."""
     struct = functools.partial(structure, source.read(FILE))
     by = functools.partial(divisor, struct("Divisor"))
     size = info.dtype.itemsize
 
-    def rows(letter: str, head_size: int) -> Any:
-        steps = {
-            name: getattr(info, f"{letter}_{name}_stride") * size
-            for name in ("token", "head", "cache_block", "cache_slot", "cache_head")
-        }
-        return struct("Rows")(
-            source_token_stride=steps["token"],
-            source_head_stride=steps["head"],
-            cache_slot_stride=steps["cache_slot"],
-            cache_block_step=steps["cache_block"] - info.block_size * steps["cache_slot"],
-            cache_head_stride=steps["cache_head"],
-            vectors_per_row=head_size * size // width,
-        )
+    def bytes_of(letter: str, *names: str) -> list[int]:
+        return [getattr(info, f"{letter}_{name}_stride") * size for name in names]
 
+    def source_rows(letter: str) -> Any:
+        return struct("SourceRows")(*bytes_of(letter, "token", "head"))
+
+    def cache_rows(letter: str) -> Any:
+        block, slot, head = bytes_of(letter, "cache_block", "cache_slot", "cache_head")
+        return struct("CacheRows")(slot, block - info.block_size * slot, head)
+
+    k_vectors, v_vectors = (row * size // width for row in (info.head_size, info.v_head_size))
+    tile_rows = tile * info.num_kv_heads
     return struct("PagedCachingParameters")(
-        num_slots=info.num_slots,
-        block_size=by(info.block_size),
-        vectors_per_row=by(per_row),
-        rows_per_tile=by(tile * info.num_kv_heads),
+        vectors_per_row=by(max(k_vectors, v_vectors)),
+        rows_per_tile=by(tile_rows),
+        tile_rows=tile_rows,
         tile_shift=tile.bit_length() - 1,
-        k_rows=rows("k", info.head_size),
-        v_rows=rows("v", info.v_head_size),
+        k_vectors=k_vectors,
+        v_vectors=v_vectors,
+        k_source=source_rows("k"),
+        v_source=source_rows("v"),
+        block_size=by(info.block_size),
+        num_slots=info.num_slots,
+        k_to=cache_rows("k"),
+        v_to=cache_rows("v"),
     )
 
 

@@ -62,12 +62,16 @@ def paged_caching(
     >>> cache[0, :, 0, :, 0].tolist()  # slot 6 is block 3, offset 0; -1 is padding
     [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
     """
-    for (known_layout, known_on_invalid), descriptor in _kept.recent:
+    recent = _kept.recent
+    for entry in recent:
+        known_layout, known_on_invalid, descriptor = entry
         if (
             layout is known_layout
             and on_invalid is known_on_invalid
             and descriptor.latest(k_cache, v_cache, k, v, slot_mapping, stream)
         ):
+            if entry is not recent[0]:
+                _kept.found(entry)
             return
     _kept.run((k_cache, v_cache, k, v, slot_mapping), (layout, on_invalid), stream)
 
