@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets everything up and runs the demo, the tests, or any command of the package.
 
     python3 run.py demo     # or: test, check, bench ...
@@ -22,7 +23,8 @@ CHECKS = (
     "ruff format --check .",
     "ruff check .",
     "mypy",
-    "clang-format -n --Werror cuda_src/paged_caching.cuh tests/host_kernel.cpp",
+    "clang-format -n --Werror cuda_src/common.cuh cuda_src/paged_caching.cuh tests/host_shim.h "
+    "tests/toy_operator/negate.cuh",
 )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M on a paged KV cache, small enough to read: NumPy on the CPU, CuPy on a GPU.
 
 A step has a fixed number of rows, each one token of some sequence. Each row brings a token id, its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m pagedcache``: what a bug report needs; warm-up, the demo, the bench."""
 
 from __future__ import annotations
@@ -81,9 +82,18 @@ def version(distribution: str) -> str:
 
 def compile_cache() -> str:
     """Return where CuPy keeps compiled kernels, and whether it can."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return f"{folder}{'' if os.access(existing, os.W_OK) else ' (cannot be written)'}"
+    # As CuPy reads it, which expands no ~ in the variable.
+    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    return folder if folder and _can_be_written(Path(folder)) else f"{folder!r}, cannot be written"
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Return whether a folder is there and can be written, or can be made."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError:  # such as a name that is too long
+        return False
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 if __name__ == "__main__":

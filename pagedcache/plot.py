@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a paged cache: the pool, the block tables, a slot mapping. Needs matplotlib.
 
 Nothing else in this package imports this module. A sequence has the same colour in all pictures if

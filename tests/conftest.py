@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests share: whether there is a GPU, and how a case is made and run."""
 
 from __future__ import annotations

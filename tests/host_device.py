@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device that runs the real CUDA source, compiled by g++, on the calling thread.
 
 It stands where a CudaDevice stands, for any operator: whatever source file and template instances

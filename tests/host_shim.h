@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Enough of CUDA for kernels whose threads only meet in atomics, so that a host compiler runs them.
 
 #pragma once

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated paged caching writes: every axis of the contract, each tensor inside a guarded buffer.
 
 A `Case` owns one byte buffer for each tensor. The tensors are strided views into them, so comparing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad input: the right status, type and words, nothing written, and the next good call works."""
 
 from __future__ import annotations

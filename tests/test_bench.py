@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bench: what it writes is checked, its numbers add up, and it runs without a GPU."""
 
 from __future__ import annotations

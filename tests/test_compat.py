@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functions of other projects, against what each is documented to do, one token at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cpu backend against the definition of the operator, written as a loop over tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debug mode and shared memory: each mistake has an error of its own, and nothing is written."""
 
 from __future__ import annotations

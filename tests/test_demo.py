@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: its pool, its model, its story, and that it notices when a byte is wrong."""
 
 from __future__ import annotations
@@ -445,3 +446,20 @@ def test_about(capsys):
         "Used unle",
     ):
         assert words in told
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("~nosuchuser/x", "~nosuchuser/x"),  # CuPy expands no ~ either
+        ("", "'', cannot be written"),
+        ("/dev/null/x", "'/dev/null/x', cannot be written"),
+        (5000 * "x", "x', cannot be written"),
+    ],
+)
+def test_about_survives_a_broken_cache_folder(capsys, monkeypatch, tmp_path, folder, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUPY_CACHE_DIR", folder)
+    assert __main__.main(["about"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "compile cache" in line]
+    assert line.endswith(told)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the nvidia backend around CUDA, with host memory where device memory would be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong around a write: no driver, no room, no NVRTC, forks, other people's errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slots past the end: never written, told of exactly, and nobody is stopped by them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every instance of the kernel, compiled by NVRTC to machine code for every architecture."""
 
 from __future__ import annotations

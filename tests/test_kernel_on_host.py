@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real kernel source and the real nvidia backend, run on the CPU by a host compiler."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The notebooks run from top to bottom, and each has the same cells as its .py."""
 
 from __future__ import annotations

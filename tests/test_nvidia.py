@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nvidia backend on a GPU against the cpu backend, whole caches, byte for byte."""
 
 from __future__ import annotations

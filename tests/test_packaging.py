@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel, the sdist and an editable install each compile a kernel from their own cuda_src."""
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def test_wheel_holds_what_it_should(built):
     for extra in ("cuda12", "cuda13", "test", "demo", "notebook"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "License-Expression: Apache-2.0" in metadata
+    assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names if "/licenses/" in name}
 
 
 WORKS = """

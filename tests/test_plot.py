@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures: what was drawn, never its pixels."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backends are found by device type, imported when used, and never replaced in silence."""
 
 from __future__ import annotations

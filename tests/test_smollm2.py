@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole model on the paged cache: equal to the dense one, near llama.cpp, and smaller."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator as torch sees it, and tensors in and out of compiled code."""
 
 from __future__ import annotations

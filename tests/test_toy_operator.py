@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second operator, in a folder of its own, gets all that is general without a change to it."""
 
 from __future__ import annotations

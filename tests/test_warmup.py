@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warming up, and the command line of it."""
 
 from __future__ import annotations

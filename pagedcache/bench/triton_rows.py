@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The textbook Triton kernel for a paged write, for comparison: one program copies one token."""
 
 from __future__ import annotations

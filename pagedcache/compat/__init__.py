@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write operators of other projects, name for name: change the import and nothing else.
 
 Each module has the signature and layouts of the project it is named after, and takes arrays of any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FlashInfer's ``append_paged_kv_cache``, of ``flashinfer.page`` (FlashInfer 0.6)."""
 
 from __future__ import annotations

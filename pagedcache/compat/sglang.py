@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SGLang's ``store_cache``, of ``sglang.jit_kernel.kvcache`` (SGLang 0.5.10)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's ``reshape_and_cache_flash``, as ``torch.ops._C_cache_ops`` has it (vLLM 0.11)."""
 
 from __future__ import annotations

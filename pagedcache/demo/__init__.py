@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job on real input, told step by step: ``python -m pagedcache demo``."""
 
 from __future__ import annotations

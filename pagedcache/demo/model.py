@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real K and V: the first layer of SmolLM2-135M, from its GGUF file.
 
 K and V of the first layer depend on nothing but the token and its position: embedding, RMS norm,

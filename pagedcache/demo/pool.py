@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pool of KV-cache blocks: who holds which block, and which slot a token gets. Plain NumPy.
 
 The terms are vLLM's: a *block* holds ``block_size`` tokens; a sequence's *block table* lists its

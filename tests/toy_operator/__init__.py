@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An operator of two tensors, in a folder of its own: ``target[row] = -source[row]``.
 
 It exists to show that an operator needs no change anywhere else: a table, a class, an

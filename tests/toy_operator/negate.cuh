@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The toy operator: a thread for each element.
 
 #include "common.cuh"

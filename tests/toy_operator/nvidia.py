@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The toy operator on a GPU."""
 
 from __future__ import annotations
