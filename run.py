@@ -23,8 +23,10 @@ CHECKS = (
     "ruff format --check .",
     "ruff check .",
     "mypy",
-    "clang-format -n --Werror cuda_src/common.cuh cuda_src/paged_caching.cuh tests/host_shim.h "
-    "tests/toy_operator/negate.cuh",
+    (
+        "clang-format -n --Werror cuda_src/common.cuh cuda_src/paged_caching.cuh "
+        "tests/host_shim.h tests/toy_operator/negate.cuh"
+    ),
 )
 
 

@@ -82,8 +82,9 @@ def version(distribution: str) -> str:
 
 def compile_cache() -> str:
     """Return where CuPy keeps compiled kernels, and whether it can."""
-    # As CuPy reads it, which expands no ~ in the variable.
-    folder = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    # As CuPy reads it, which expands no ~ in the variable; unlike Path.home(), this never raises.
+    home = os.path.expanduser("~/.cupy/kernel_cache")  # noqa: PTH111
+    folder = os.environ.get("CUPY_CACHE_DIR", home)
     return folder if folder and _can_be_written(Path(folder)) else f"{folder!r}, cannot be written"
 
 

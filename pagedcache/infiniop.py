@@ -217,7 +217,7 @@ def infiniopPagedCaching(
     try:
         if type(desc) is not Descriptor:
             desc = _given("desc", desc, Descriptor)
-        desc.write_at(k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream)
+        desc._write_at(k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream)
     except PagedCacheError as error:
         return error.status
     except Exception:

@@ -212,7 +212,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         """
         return self._bind((k_cache, v_cache, k, v, slot_mapping), stream)
 
-    def write_at(
+    def _write_at(
         self,
         k_cache: int | None,
         v_cache: int | None,
@@ -223,22 +223,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         workspace_size: int = NO_WORKSPACE,
         stream: int | None = None,
     ) -> None:
-        """Write as many tokens as at `create`, with all tensors given by their addresses, as in C.
-
-        Parameters
-        ----------
-        k_cache, v_cache, k, v, slot_mapping, workspace : int or None
-            Addresses on the device, which are trusted; 0 and ``None`` are NULL.
-        workspace_size : int
-            In bytes.
-        stream : int or None
-            Handle of the stream. 0 and ``None`` are CUDA's default stream, as in C.
-
-        Raises
-        ------
-        PagedCacheError
-            See `calculate`.
-        """
+        """Write as many tokens as at `create`, given addresses, as in C; 0 is NULL."""
         if workspace_size is not NO_WORKSPACE or not self.latest(
             k_cache, v_cache, k, v, slot_mapping, stream or 0
         ):
