@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets everything up and runs the demo, the tests, or any command of the package.
+"""Set up everything and run the demo, the tests, or any other command of the package.
 
-    python3 run.py demo     # or: test, check, bench ...
+    python3 run.py demo     # or: test, check, bench, ...
 
-Makes a virtual environment in .venv, installs this checkout there with what the command needs
-(with CuPy for the CUDA of the driver, where there is one), and runs it. A second run reuses the
-environment, and `. .venv/bin/activate` makes it that of a shell. Needs Python 3.10 or newer.
+Creates a virtual environment in .venv, installs this checkout into it with what the command needs
+(including CuPy for the CUDA version of the driver, if there is one), and runs the command. Later
+runs reuse the environment; `. .venv/bin/activate` activates it in a shell. Requires Python 3.10 or
+newer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CHECKS = (
 
 
 def driver_cuda() -> int:
-    """Return the newest CUDA major version that the NVIDIA driver runs, 0 if there is none."""
+    """Return the newest CUDA major version that the NVIDIA driver supports, 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -41,12 +42,12 @@ def driver_cuda() -> int:
 
 
 def install(extras: list[str]) -> None:
-    """Make the environment if need be, and install this checkout with `extras`."""
+    """Create the environment if there is none, and install this checkout with `extras`."""
     if not Path(PYTHON).exists():
-        print(f"Making {ENVIRONMENT} ...", flush=True)
+        print(f"Creating {ENVIRONMENT} ...", flush=True)
         made = subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=False)
         if made.returncode:
-            sys.exit("Python's venv module is incomplete here; on Debian: apt install python3-venv")
+            sys.exit("Python's venv module is incomplete; on Debian, run: apt install python3-venv")
     wanted = f"[{','.join(extras)}]" if extras else ""
     print(f"Installing pagedcache{wanted} ...", flush=True)
     bar = "on" if sys.stdout.isatty() else "off"
@@ -55,9 +56,9 @@ def install(extras: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Set up for the first argument and run it with the others."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - the one file that an older Python may run
-        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    """Install what the command in the first argument needs, and run it with the other arguments."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - older versions can still run this file
+        sys.exit(f"Python 3.10 or newer is required; this is {sys.version.split()[0]}")
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         return 2

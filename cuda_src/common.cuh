@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What kernels of any operator share. Includes nothing, so that NVRTC needs no header and a host
-// compiler can run kernels in a test.
+// What the kernels of all operators share. Includes nothing, so that NVRTC needs no headers and a
+// host compiler can compile the kernels for tests.
 
 #pragma once
 
@@ -48,9 +48,9 @@ struct Divisor {
   }
 };
 
-// Programmatic dependent launch (compute capability 9.0). A kernel that was launched that way may
-// run before the one ahead of it on the stream is done: nothing that one wrote may be read before
-// waitForKernelAhead, and all of it may be read after. In other launches both do nothing.
+// Programmatic dependent launch (compute capability 9.0). A kernel that is launched this way may
+// start before the kernel ahead of it on the stream is done. What that kernel writes may only be
+// read after waitForKernelAhead. In other launches, both functions do nothing.
 __device__ __forceinline__ void letNextKernelStart() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -62,15 +62,15 @@ __device__ __forceinline__ void waitForKernelAhead() {
 #endif
 }
 
-// Brings what will be loaded from memory to the L2 cache. That is a hint and reads nothing: all
-// multiprocessors write through that cache, so a later write to the same place is not missed.
+// Prefetches what will be loaded into the L2 cache. This is a hint and reads nothing: all
+// multiprocessors write through that cache, so a later write to the same address is not missed.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
-// Has a value computed here, not in the branch that uses it.
+// Makes the compiler compute a value here, not in the branch that uses it.
 template <typename Value>
 __device__ __forceinline__ void keep([[maybe_unused]] Value& value) {
 #if defined(__CUDA_ARCH__)
@@ -78,18 +78,20 @@ __device__ __forceinline__ void keep([[maybe_unused]] Value& value) {
 #endif
 }
 
-// Invalid indices, such as slots outside a cache, that kernels met since the host took this.
+// Invalid indices, such as slots outside a cache, that kernels met since the host last took
+// the report.
 struct Report {
   unsigned long long count;
   unsigned long long lock;  // guards the two below
-  long long row;            // the lowest that had one; kNoRow if none had
+  long long row;            // the lowest row with one; kNoRow if there is none
   long long value;          // its index
 };
 
 constexpr long long kNoRow = 0x7fffffffffffffff;
 
-// Runs `critical` while no other thread does. Threads of one warp may all call it: each lets go of
-// the lock before it goes on, so none waits for one that waits for it, however wide a warp is.
+// Runs `critical` if the lock is free, and returns whether it was. All threads of a warp may call
+// it: each releases the lock before it continues, so no two wait for each other, however wide a
+// warp is.
 template <typename Critical>
 __device__ __forceinline__ bool tryLocked(unsigned long long* lock, Critical critical) {
   if (atomicCAS(lock, 0ULL, 1ULL) != 0) return false;
@@ -100,10 +102,10 @@ __device__ __forceinline__ bool tryLocked(unsigned long long* lock, Critical cri
   return true;
 }
 
-// May be slow, but must cost nothing where all indices are valid.
+// May be slow, but must cost nothing if all indices are valid.
 __device__ __forceinline__ void report(Report* to, long long row, long long value) {
   volatile long long* const lowest = &to->row;
-  // Where all indices are invalid, most threads find a lower row before they get the lock.
+  // If all indices are invalid, most threads find a lower row before they get the lock.
   while (row < *lowest) {
     tryLocked(&to->lock, [=] {
       if (row >= *lowest) return;
@@ -111,7 +113,7 @@ __device__ __forceinline__ void report(Report* to, long long row, long long valu
       *static_cast<volatile long long*>(&to->value) = value;
     });
   }
-  // Last, so that whoever finds it counted finds its row too.
+  // Counted last, so that whoever sees the count sees the row too.
   __threadfence();
   atomicAdd(&to->count, 1ULL);
 }
@@ -125,7 +127,7 @@ struct TakeReportParameters {
   TakeReportCall call;
 };
 
-// Moves a report away and leaves an empty one, while other kernels may add to it. One thread.
+// Moves a report away and leaves an empty one, while other kernels may add to it. Needs one thread.
 __global__ void takeReport(const __grid_constant__ TakeReportParameters p) {
   Report* const from = p.call.report;
   Report* const to = p.call.taken;
@@ -136,7 +138,7 @@ __global__ void takeReport(const __grid_constant__ TakeReportParameters p) {
       to->count = atomicExch(&from->count, 0ULL);
       to->row = *row;
       to->value = *static_cast<volatile long long*>(&from->value);
-      // A row that is not counted yet stays, for whoever counts it.
+      // A row that is not counted yet stays until it is.
       if (to->count != 0) *row = kNoRow;
     });
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The paged caching kernel: copies the K and V of each token to the slot that it was given. The
-// operator and its name follow InfiniCore's pagedCaching<T>; the code does not.
+// The paged caching kernel: copies the K and V of each token to its slot. The operator and its
+// name follow InfiniCore's pagedCaching<T>; the code does not.
 //
 // A write is a copy, so the arithmetic type T only names the instance; kWidth, the bytes that one
 // thread moves at a time, decides the code.
@@ -53,18 +53,18 @@ struct PagedCachingParameters {
   long long first_token;  // the number of this launch's first token in the call
 };
 
-// In a block; the host asks for no more. The bound below says that 2048 threads must fit on a
-// multiprocessor, with 32 registers each. It has no effect where only 1536 fit (compute capability
-// 7.5, 8.6, 8.9, 12.0).
+// The most threads in a block that the host asks for. The launch bounds below say that 2048 threads
+// must fit on a multiprocessor, with 32 registers each. They have no effect where only 1536 fit
+// (compute capability 7.5, 8.6, 8.9, 12.0).
 constexpr int kMostThreads = 512;
 
 // Threads that may prefetch: about as many as a large GPU holds at once. The others start when the
-// wait is over, and would ask for the same bytes twice.
+// wait is over, and would request the same bytes twice.
 constexpr unsigned int kFirstThreads = 1u << 18;
-constexpr unsigned int kLine = 128;  // bytes that a prefetch brings
+constexpr unsigned int kLine = 128;  // bytes of one prefetch
 
 // Grid: a thread for each vector of a row. It copies that vector of K and the one of V at the same
-// place, so both share one look-up of the slot. Threads go along the rows of one head of a tile's
+// place, so both share one lookup of the slot. Threads go along the rows of one head of a tile's
 // tokens, then to the next head, then to the next tile. So neither a head nor a token leaves
 // threads idle, and where these rows are next to each other in the cache, threads write whole
 // 32-byte sectors, however long a row is. A sector that is written in two parts costs more than two
@@ -73,8 +73,8 @@ constexpr unsigned int kLine = 128;  // bytes that a prefetch brings
 // In a grid of two rows of blocks, the first copies K and the second V. Where there are more
 // threads than a device holds, memory is faster with fewer streams at a time.
 //
-// A kernel that gets ahead lets the next one start at once, and prefetches, so that several stand
-// beside each other and bring what they will load.
+// A kernel that gets ahead (kAhead) lets the next one start at once, and prefetches, so that
+// several are on the device at once and prefetch what they will load.
 template <typename T, typename Slot, int kWidth, bool kAhead>
 __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
     pagedCaching(const __grid_constant__ PagedCachingParameters p) {

@@ -14,13 +14,13 @@
 # ---
 
 # %% [markdown]
-# # 1. A first write
+# # 1. Your first write
 #
-# In a clone of the repository, `pip install '.[notebook]'` installs all that these notebooks need
-# on the CPU; `pip install '.[notebook,cuda13]'` (or `cuda12`) brings CuPy for a GPU. Nothing is
+# In a clone of the repository, `pip install '.[notebook]'` installs everything these notebooks need
+# on the CPU. For a GPU, `pip install '.[notebook,cuda13]'` (or `cuda12`) adds CuPy. Nothing is
 # compiled at install time.
 #
-# Which versions are these, and which backend will be used?
+# First, let's see which versions are installed and which backend will be used.
 
 # %%
 import numpy
@@ -29,7 +29,7 @@ import pagedcache as pc
 from pagedcache import plot
 from pagedcache.demo.pool import Pool
 
-handle = pc.Handle()  # CUDA if it is usable here, else the CPU
+handle = pc.Handle()  # CUDA if it is usable here, otherwise the CPU
 if handle.device == "cpu":
     xp = numpy
 else:
@@ -37,7 +37,7 @@ else:
 
 
 def host(array):
-    """Return an array on the host."""
+    """Return the array as a NumPy array on the host."""
     return array if xp is numpy else array.get()
 
 
@@ -48,29 +48,31 @@ for report in pc.backends().values():
 assert any(report.usable for report in pc.backends().values())
 
 # %% [markdown]
-# The cache is a pool of blocks. Here are 8 blocks of 4 tokens each; a token has 2 KV heads of 16
-# numbers. K and V have a cache each. Three tokens come in, and `slots` says where each one goes.
+# A paged cache is a pool of fixed-size blocks. Ours has 8 blocks of 4 tokens each, and each token
+# has 2 KV heads of size 16. K and V each have a cache of their own. Three tokens come in, and
+# `slots` says where each of them goes. The layout of the caches is inferred from the shapes; the
+# [next notebook](02_layouts.ipynb) is about layouts.
 
 # %%
 k_cache = xp.zeros((8, 2, 4, 16), xp.float16)  # blocks, KV heads, slots, head size: layout HND
 v_cache = xp.zeros_like(k_cache)
 k = xp.arange(1, 3 * 2 * 16 + 1).astype(xp.float16).reshape(3, 2, 16)  # tokens, KV heads, head size
 v = -k
-slots = xp.asarray([9, 10, 20])
+slots = xp.asarray([9, 10, 20])  # one slot per token
 
 pc.paged_caching(k_cache, v_cache, k, v, slots)
 
 assert (host(k_cache)[2, :, 1] == host(k)[0]).all()  # slot 9 is block 2, offset 1
 assert (host(v_cache)[5, :, 0] == host(v)[2]).all()  # slot 20 is block 5, offset 0
-assert numpy.count_nonzero(host(k_cache)) == k.size  # and nothing else was written
+assert numpy.count_nonzero(host(k_cache)) == k.size  # nothing else was written
 
 # %% [markdown]
-# ## What a slot is
+# ## Slots and block tables
 #
-# A *slot* is a place for one token: slot `s` is offset `s % block_size` of block
-# `s // block_size`. The blocks of a sequence lie anywhere in the pool. Its *block table* lists them
-# in the order of its tokens, so token `t` has slot
-# `table[t // block_size] * block_size + t % block_size`.
+# A *slot* holds one token: slot `s` is at offset `s % block_size` in block `s // block_size`.
+#
+# The blocks of a sequence can be anywhere in the pool. Its *block table* lists them in token order,
+# so token `t` goes to slot `block_table[t // block_size] * block_size + t % block_size`.
 
 # %%
 block_size = 4
@@ -82,12 +84,14 @@ assert slots.tolist() == [20, 21, 22, 23, 0, 1, 2, 3, 12, 13]
 _ = plot.slot_mapping(slots, block_size, num_blocks=8)
 
 # %% [markdown]
-# ## What padding is
+# ## Padding and invalid slots
 #
-# Engines pad a batch to a fixed size. A token with a negative slot is *padding*: it is skipped. A
-# slot past the end of the cache is *invalid*: it is never written either, and `check` tells.
+# Inference engines often pad a batch to a fixed size. A token with a negative slot is *padding* and
+# is skipped. A slot past the end of the cache is *invalid*: it is never written either, but `check`
+# reports it.
 #
-# A *descriptor* checks shapes once and then serves any number of writes.
+# This time we use a *descriptor*: it checks the shapes once and can then be used for any number of
+# writes.
 
 # %%
 before = host(k_cache).copy(), host(v_cache).copy()
@@ -106,13 +110,13 @@ except pc.PagedCacheError as error:
     print(error)
     assert "slot" in str(error)
 else:
-    raise AssertionError("the invalid slot was not told")
+    raise AssertionError("the invalid slot was not reported")
 
 # %% [markdown]
-# ## What a mistake looks like
+# ## What an error looks like
 #
-# Arguments are checked before anything is written, and an error is one sentence: which argument,
-# which rule, and what it was instead.
+# Arguments are checked before anything is written. An error message is a single sentence that names
+# the argument, the rule it breaks, and what was passed instead.
 
 # %%
 narrow = k[:, :, :8].copy()
@@ -125,11 +129,11 @@ else:
     raise AssertionError("a wrong head size was accepted")
 
 # %% [markdown]
-# ## The pool, before and after
+# ## The pool before and after
 #
-# An engine hands out blocks. Two prompts of 10 and 7 tokens come in; the second begins with the
-# same 4 tokens as the first. They fill a block, so both sequences use the same one, and it is
-# written once.
+# Handing out blocks is the engine's job; here, `Pool` plays that part. Two prompts of 10 and 7
+# tokens come in, and both start with the same 4 tokens. These fill a whole block, so the two
+# sequences share it, and it is written only once.
 
 # %%
 from matplotlib import pyplot
@@ -141,7 +145,7 @@ plot.pool({}, pool.num_blocks, ax=above)
 a = pool.add("A")
 slots_of_a = pool.extend(a, 10)
 b = pool.add("B", prefix_of=a, prefix=4)
-slots_of_b = pool.extend(b, 3)  # its first 4 tokens are there already
+slots_of_b = pool.extend(b, 3)  # its first 4 tokens are already there
 tables = {"A": a.block_table, "B": b.block_table}
 plot.pool(tables, pool.num_blocks, ax=below)
 pyplot.tight_layout()
@@ -153,8 +157,8 @@ assert len(pool.free) == 16 - 4
 _ = plot.block_tables(tables)
 
 # %% [markdown]
-# One call writes the tokens of both sequences, and what is read back through the block tables is
-# what went in.
+# One call writes the tokens of both sequences. Reading them back through the block tables returns
+# exactly what went in.
 
 # %%
 slots = xp.asarray(numpy.concatenate([slots_of_a, slots_of_b]))

@@ -16,9 +16,9 @@
 # %% [markdown]
 # # 2. One operator, any layout
 #
-# Engines store a paged cache in many ways. The operator needs to know only the shape and the
-# strides of each array, so one call serves them all. Here tokens are written in six ways, and each
-# time every byte of the memory is compared.
+# Inference engines lay out a paged cache in many ways. The operator only needs the shape and the
+# strides of each array, so the same call handles them all. In this notebook we write tokens in six
+# ways, and check every byte of memory each time.
 
 # %%
 import numpy
@@ -32,26 +32,26 @@ else:
 
 
 def host(array):
-    """Return an array on the host."""
+    """Return the array as a NumPy array on the host."""
     return array if xp is numpy else array.get()
 
 
 BLOCKS, HEADS, BLOCK_SIZE, SIZE = 6, 3, 4, 8
 TOKENS = 5
-SLOTS = [9, 10, 11, 20, -1]  # the last is padding
+SLOTS = [9, 10, 11, 20, -1]  # the last token is padding
 slots = xp.asarray(SLOTS)
 k = xp.arange(1, TOKENS * HEADS * SIZE + 1).astype(xp.float16).reshape(TOKENS, HEADS, SIZE)
 v = -k
 
 # %% [markdown]
-# `explain(slot)` says which bytes of each cache a token's K and V go to, counted from where that
-# cache begins. So this check works for every layout: the bytes that were named hold the token, and
-# all others are still zero.
+# `explain(slot)` tells you which bytes of each cache hold the K and V of the token in that slot,
+# counted from the start of the cache. This gives us a check that works for every layout: the bytes
+# it names must hold the token, and all other bytes must still be zero.
 
 
 # %%
 def check(descriptor, memory, k=None, v=None, v_start=0):
-    """Find every token in the bytes that are named for it, and zeros everywhere else."""
+    """Check that each token is in the bytes that `explain` names, and the rest is zero."""
     left = host(memory).ravel().view(numpy.uint8).copy()
     for rows, ranges, start in ((k, "k_ranges", 0), (v, "v_ranges", v_start)):
         if rows is None:
@@ -75,8 +75,8 @@ def write(k_cache, v_cache, layout, k=k, v=v):
 # %% [markdown]
 # ## HND: blocks, KV heads, slots, head size
 #
-# The slots of one head lie side by side, which suits attention kernels that work head by head. So a
-# token's K lies in as many pieces as there are KV heads.
+# Within a block, the slots of one head are contiguous, which suits attention kernels that work head
+# by head. The K of a token is therefore split into as many pieces as there are KV heads.
 
 # %%
 k_cache = xp.zeros((BLOCKS, HEADS, BLOCK_SIZE, SIZE), xp.float16)
@@ -90,7 +90,7 @@ print(hnd.explain(9))
 hnd
 
 # %% [markdown]
-# Padding has no bytes, and neither has a slot past the end.
+# Padding has no bytes in the cache, and neither does a slot past the end.
 
 # %%
 print(hnd.explain(-1))
@@ -103,7 +103,7 @@ assert (hnd.explain(9).block, hnd.explain(9).offset) == (2, 1)
 # %% [markdown]
 # ## NHD: blocks, slots, KV heads, head size
 #
-# The KV heads of one token lie side by side: one piece.
+# The KV heads of a token are contiguous, so its K is in one piece.
 
 # %%
 k_cache = xp.zeros((BLOCKS, BLOCK_SIZE, HEADS, SIZE), xp.float16)
@@ -117,9 +117,9 @@ print(nhd.explain(9))
 nhd
 
 # %% [markdown]
-# ## Stacked: one array, first all of K, then all of V
+# ## Stacked: one array with all of K, then all of V
 #
-# `pool[0]` and `pool[1]` are views, so nothing is special about them.
+# `pool[0]` and `pool[1]` are ordinary views, so this needs nothing special.
 
 # %%
 pool = xp.zeros((2, BLOCKS, HEADS, BLOCK_SIZE, SIZE), xp.float16)
@@ -132,7 +132,8 @@ stacked
 # %% [markdown]
 # ## Packed: K and V of a head side by side in the last axis
 #
-# The two caches are interleaved: each is a slice, and a row of K is followed by the row of V.
+# The two caches are interleaved slices of one array: each row of K is followed by the matching row
+# of V.
 
 # %%
 pool = xp.zeros((BLOCKS, BLOCK_SIZE, HEADS, 2 * SIZE), xp.float16)
@@ -145,7 +146,7 @@ print(packed.explain(9))
 packed
 
 # %% [markdown]
-# ## Multi-head latent attention: one head, K of 576, V of 512
+# ## Multi-head latent attention: one KV head, head size 576 for K and 512 for V
 #
 # K and V may have different head sizes.
 
@@ -163,10 +164,10 @@ assert stop - start == 576 * 2
 latent
 
 # %% [markdown]
-# ## A slice of a fused QKV projection
+# ## Slices of a fused QKV projection
 #
-# Models compute Q, K and V with one matrix product. K and V are then slices of its result, and need
-# not be copied out of it first: sources may have strides, too.
+# Models often compute Q, K and V with a single matrix product. K and V are then slices of its
+# result, and you don't have to copy them out first: the inputs may be strided, too.
 
 # %%
 QUERY_HEADS = 6
@@ -176,7 +177,7 @@ fused[:, q_end:k_end] = k.reshape(TOKENS, -1)
 fused[:, k_end:] = v.reshape(TOKENS, -1)
 k_slice = fused[:, q_end:k_end].reshape(TOKENS, HEADS, SIZE)
 v_slice = fused[:, k_end:].reshape(TOKENS, HEADS, SIZE)
-assert k_slice.strides[0] == fused.strides[0]  # a view: tokens are a whole row of `fused` apart
+assert k_slice.strides[0] == fused.strides[0]  # a view: from token to token, one row of `fused`
 
 k_cache = xp.zeros((BLOCKS, HEADS, BLOCK_SIZE, SIZE), xp.float16)
 v_cache = xp.zeros_like(k_cache)
@@ -187,9 +188,29 @@ check(from_slices, v_cache, v=v)
 from_slices
 
 # %% [markdown]
-# ## The same tokens everywhere
+# ## Leaving out the layout
 #
-# Read as blocks, slots, KV heads, head size, all layouts hold the same.
+# You can leave out `layout`: it is then the one in which the caches have as many KV heads as `k`.
+# Only if there are as many KV heads as slots in a block do the shapes allow both, and you are asked
+# to say which one you mean.
+
+# %%
+inferred = pc.Descriptor.create(k_cache, v_cache, k, v, slots)
+assert inferred.info.layout == "HND"
+
+square = xp.zeros((BLOCKS, HEADS, HEADS, SIZE), xp.float16)  # blocks of as many slots as KV heads
+try:
+    pc.Descriptor.create(square, xp.zeros_like(square), k, v, slots)
+except pc.PagedCacheError as error:
+    print(error)
+    assert "layout must be given" in str(error)
+else:
+    raise AssertionError("an ambiguous layout was accepted")
+
+# %% [markdown]
+# ## The same tokens in every layout
+#
+# Transposed to blocks, slots, KV heads, head size, all layouts hold the same values.
 
 # %%
 held = xp.zeros((BLOCKS, BLOCK_SIZE, HEADS, SIZE), xp.float16)

@@ -16,16 +16,17 @@
 # %% [markdown]
 # # 3. A whole model on a paged cache
 #
-# SmolLM2-135M answers five questions with its K and V in blocks: 30 layers, written by this
-# package's operator and read back through block tables. The model and the engine are in
-# `smollm2.py` beside this notebook. The model is fetched once, 93 MB.
+# SmolLM2-135M answers five questions with its K and V in a paged cache: in each of its 30 layers,
+# this package's operator writes them into blocks, and attention reads them back through block
+# tables. The code of the model and the engine is in `smollm2.py` next to this notebook. The weights
+# (93 MB) are downloaded once.
 
 # %%
 import os
 import time
 
-# Before NumPy is imported: one thread adds in one order on any machine, and several wait for each
-# other very long where cores are shared.
+# Must be set before NumPy is imported. A single thread adds in the same order however many cores
+# there are, and several threads would wait a long time for each other where cores are shared.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy
@@ -55,10 +56,10 @@ print(
 assert (len(model.layers), model.heads, model.kv_heads, model.head_size) == (30, 9, 3, 64)
 
 # %% [markdown]
-# ## Five prompts, one beginning
+# ## Five prompts with a shared prefix
 #
-# All prompts begin with the same system prompt. Where its tokens fill whole blocks, all sequences
-# use the same blocks.
+# All prompts start with the same system prompt. Wherever its tokens fill a whole block, all
+# sequences share that block.
 
 # %%
 SYSTEM = (
@@ -88,16 +89,17 @@ assert common >= 2 * 16
 # %% [markdown]
 # ## How long will it take?
 #
-# A step computes 16 rows, each one token of some sequence: all tokens of a prompt that was just
-# admitted (*prefill*), or the one token that a running sequence generated last (*decode*). The pool
-# has too few blocks for all five, so some wait until others end: *continuous batching*.
+# Each step computes 16 rows, and each row is one token of some sequence. A newly admitted prompt
+# needs all of its tokens computed (*prefill*); after that, each step computes only the token that
+# was generated last (*decode*). The pool has too few blocks for all five sequences at once, so some
+# wait until others finish: *continuous batching*.
 
 # %%
 BLOCK_SIZE, NUM_BLOCKS, NEW_TOKENS = 16, 14, 32
 
 
 def new_engine(**options):
-    """Return an engine with all prompts queued, and its requests."""
+    """Return an engine with all prompts queued, and the requests."""
     engine = Engine(model, options.pop("num_blocks", NUM_BLOCKS), BLOCK_SIZE, **options)
     requests = [engine.submit(name, ids, NEW_TOKENS) for name, ids in prompts.items()]
     return engine, requests
@@ -110,24 +112,27 @@ trial.step()
 seconds = time.perf_counter() - began
 steps = sum(-(-len(ids) // 16) + NEW_TOKENS for ids in prompts.values())
 print(f"One step takes {seconds * 1e3:.1f} ms.")
-print(f"If each sequence ran alone, {steps} steps would take {steps * seconds:.0f} s; it is less.")
+print(
+    f"One by one, the sequences would take up to {steps} steps, {steps * seconds:.0f} s; "
+    "batched, they take less."
+)
 assert seconds > 0
 
 # %% [markdown]
 # ## Generate
 #
-# On a GPU the step was captured in a CUDA graph: its shapes are fixed, its inputs are refilled in
-# place, and rows that are not needed have slot -1.
+# On a GPU, the whole step has been captured in a CUDA graph. This works because its shapes are
+# fixed: the inputs are refilled in place, and unused rows get slot -1.
 
 # %%
 engine, requests = new_engine(graph=on_gpu)
-snapshots = {}  # block tables, by the number of the step after which they were so
+snapshots = {}  # step number -> the block tables after that step
 
 
 def generate(engine, requests, snapshots=None):
-    """Step to the end; return the number of steps and the seconds."""
+    """Step until all requests have finished; return the number of steps and the seconds."""
     steps, began = 0, time.perf_counter()
-    most = len(requests) * NEW_TOKENS  # some answers end earlier
+    most = len(requests) * NEW_TOKENS  # some answers are shorter
     with tqdm(total=most, unit="token", mininterval=1) as bar:
         while engine.waiting or engine.running:
             running = [request.name for request in engine.running]
@@ -151,7 +156,7 @@ print(
 )
 assert all(0 < len(request.generated) <= NEW_TOKENS for request in requests)
 assert all(request.sequence.shared == common // BLOCK_SIZE for request in requests[1:])
-assert len(engine.pool.free) == NUM_BLOCKS  # all blocks were given back
+assert len(engine.pool.free) == NUM_BLOCKS  # all blocks have been released
 
 # %% [markdown]
 # ## The pool as sequences come and go
@@ -164,16 +169,16 @@ for ax, (step, tables) in zip(axes, snapshots.items(), strict=True):
 pyplot.tight_layout()
 
 together = [sum(map(bool, tables.values())) for tables in snapshots.values()]
-assert 1 < max(together) < len(prompts)  # several at a time, never all
+assert 1 < max(together) < len(prompts)  # several at a time, but never all
 assert together[-1] == 0
 own = [set(one.sequence.block_table[common // BLOCK_SIZE :]) for one in requests]
-assert any(own[4] & other for other in own[:4])  # the last got blocks that others gave back
+assert any(own[4] & other for other in own[:4])  # the last one reuses released blocks
 
 # %% [markdown]
 # ## The same with a dense cache
 #
-# A dense cache sets aside the whole context for each sequence and shares nothing. What it holds is
-# the same, so every token must be the same.
+# A dense cache reserves the full context length for each sequence and shares nothing. It holds the
+# same K and V, so every generated token must be the same.
 
 # %%
 dense, dense_requests = new_engine(num_blocks=len(prompts), dense=True)
@@ -185,11 +190,11 @@ print(f"{generated} of {generated} tokens are equal.")
 # %% [markdown]
 # ## Memory
 #
-# What the paged cache holds at most, beside a dense cache of these five sequences that is only as
-# long as the longest of them.
+# How much memory does the paged cache use at its peak? We compare it with a dense cache for these
+# five sequences that is only as long as the longest of them.
 
 # %%
-longest = max(len(request.ids) - 1 for request in requests)  # the last token is not fed
+longest = max(len(request.ids) - 1 for request in requests)  # the last token is never fed back
 paged_bytes = engine.peak * engine.cache.block_bytes
 dense_bytes = len(requests) * longest * engine.cache.block_bytes // BLOCK_SIZE
 print(f"paged  {paged_bytes / 1e6:5.1f} MB, {engine.peak} blocks")
@@ -199,7 +204,7 @@ assert engine.peak <= NUM_BLOCKS
 assert paged_bytes < 0.6 * dense_bytes
 
 # %% [markdown]
-# With room for all five they run together. The tokens are the same, in fewer steps.
+# With enough blocks for all five, the sequences run together: the same tokens in fewer steps.
 
 # %%
 roomy, roomy_requests = new_engine(num_blocks=40, graph=on_gpu)
@@ -213,7 +218,7 @@ assert roomy.peak * roomy.cache.block_bytes < 0.6 * dense_bytes
 # %% [markdown]
 # ## What the CUDA graph changes
 #
-# Without the graph, each of the step's hundreds of kernels is launched from Python.
+# Without the graph, a step consists of hundreds of kernels, each launched from Python.
 
 # %%
 if on_gpu:

@@ -16,9 +16,10 @@
 # %% [markdown]
 # # 4. How fast, and how to know
 #
-# A paged write reads K and V and writes them: it can be no faster than memory allows. So its time
-# is measured beside a plain copy of the same bytes. This notebook runs the package's bench on this
-# machine, on the GPU if there is one, and shows what was recorded earlier on an H200.
+# A paged write reads K and V and writes them to the cache, so it can be no faster than memory
+# allows. That is why we compare its time with that of a plain copy of the same bytes. This notebook
+# runs the package's benchmark on your machine, on the GPU if there is one, and shows numbers
+# recorded earlier on an H200.
 
 # %%
 import json
@@ -41,7 +42,7 @@ scratch = Path(tempfile.mkdtemp())
 
 
 def bench(*options, pdl=True):
-    """Run the bench in a process of its own, print what it says, and return its numbers."""
+    """Run the benchmark in a separate process, print its report, and return its numbers."""
     file = scratch / "numbers.json"
     command = [sys.executable, "-m", "pagedcache", "bench", "--json", str(file), *options]
     environment = os.environ if pdl else {**os.environ, "PAGEDCACHE_PDL": "0"}
@@ -52,75 +53,130 @@ def bench(*options, pdl=True):
 
 
 # %% [markdown]
-# ## This machine
+# ## Your machine
 #
-# The dashed line is a copy of the same bytes, the ceiling. With few tokens nobody reaches the rate
-# of memory, because starting a write takes longer than the bytes do. With `memcpy` on a GPU there
-# are two copies to start, one of K and one of V.
+# In the plot, the dashed line is the ceiling: a copy of the same bytes. With few tokens, nothing
+# gets close to the memory bandwidth, because starting a write takes longer than moving its bytes.
+# On a GPU, `memcpy` has to start two copies, one for K and one for V.
+#
+# The inputs are *cold* if K and V have to come from memory. On a GPU we also measure *hot* inputs:
+# those are still in the L2 cache, if they fit, as if the kernel that computes them had just run.
 
 # %%
 TOKENS = ["1", "64", "1024", "4096", *(["16384", "65536"] if on_gpu else [])]
+INPUTS = ["cold", *(["hot"] if on_gpu else [])]
 picture = scratch / "rate.png"
-here = bench("--tokens", *TOKENS, "--plot", str(picture))
+here = bench("--tokens", *TOKENS, "--inputs", *INPUTS, "--plot", str(picture))
 
-rows = here["gpu"][0]["rows"]
+rows = here["gpu"][0]["rows"]  # cold
 assert [row["tokens"] for row in rows] == [int(count) for count in TOKENS]
 rates = [2 * row["payload"] / row["us"]["pagedcache"] for row in rows]  # bytes per microsecond
-assert rates[-1] > 2 * rates[0]  # what was just said: few tokens never reach the rate of many
+assert rates[-1] > 2 * rates[0]  # as we said: few tokens never reach the rate of many
 Image(picture.read_bytes())
 
 # %% [markdown]
 # ## An H200, recorded earlier
 #
-# These numbers were recorded in November 2026 in one run on an H200, not by this notebook. They are
-# in `notes/h200.json`; how they came about is in `notes/performance.md`.
+# This notebook did not measure the following numbers: they come from a single run on an H200 in
+# November 2026 and are stored in `notes/h200.json`. How they were obtained is described in
+# `notes/performance.md`.
 
 # %%
 Image((NOTES / "h200.png").read_bytes())
 
 # %%
 h200 = json.loads((NOTES / "h200.json").read_text())
-recorded = h200["gpu"][0]["rows"]
-print(h200["machine"]["device"], "- GPU time of one write, us")
 names = ("memcpy", "pagedcache", "SGLang", "FlashInfer", "vLLM")
-print(f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names))
-for row in recorded:
-    print(f"{row['tokens']:>8}" + "".join(f"{row['us'][name]:>12.2f}" for name in names))
 
-by_tokens = {row["tokens"]: row["us"] for row in recorded}
-large = by_tokens[65536]
-print(f"\n65536 tokens: {large['memcpy'] / large['pagedcache']:.3f} of the rate of a copy")
+
+def recorded(inputs):
+    """Return the microseconds of one write in layout HND: number of tokens -> name -> us."""
+    wanted = {"layout": "HND", "inputs": inputs}
+    for result in h200["gpu"]:
+        if wanted.items() <= result["axes"].items():
+            return {row["tokens"]: row["us"] for row in result["rows"]}
+    raise LookupError(f"{NOTES / 'h200.json'} has no result for {wanted}")
+
+
+cold, hot = recorded("cold"), recorded("hot")
+print(h200["machine"]["device"])
+for inputs, by_tokens in (("cold", cold), ("hot", hot)):
+    print(f"\nGPU time of one write, {inputs} inputs, us")
+    print(f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names))
+    for tokens, us in by_tokens.items():
+        print(f"{tokens:>8}" + "".join(f"{us[name]:>12.2f}" for name in names))
+
+large = cold[65536]
+print(f"\n65536 tokens, cold: {large['memcpy'] / large['pagedcache']:.3f} of the rate of a copy")
 assert large["memcpy"] / large["pagedcache"] > 0.95
 assert large["vLLM"] / large["pagedcache"] > 3.5
-for us in by_tokens.values():  # no peer is ahead by more than two runs differ
+for us in cold.values():  # no peer is ahead by more than two runs differ
     assert us["pagedcache"] < 1.01 * min(us[name] for name in names[2:])
+
+# %% [markdown]
+# ## What a call costs the host
+#
+# The GPU is only half of the story: each call also keeps the host busy, checking its arguments and
+# queueing the launch. This is the time until the call returns, for 64 tokens unless the column says
+# otherwise:
+#
+# - `fixed`: the same number of tokens in each call;
+# - `two in turn`: alternating between two numbers of tokens, 64 and 63;
+# - `1 to 64`: a different number each time, as in a server whose batches grow and shrink;
+# - `4 caches`: four caches of two different shapes in turn, as in a model with several kinds of
+#   layers.
+#
+# `calculate` is the method of a descriptor, and `paged_caching` is the single call that needs none.
+# If your arrays stay where they are and are only refilled, `descriptor.bind(...)` checks them once
+# and returns a function that repeats the same call. `infiniopPagedCaching` takes raw addresses.
+
+# %%
+columns = ("fixed", "two in turn", "1 to 64", "4 caches")
+
+
+def print_host_times(times):
+    """Print the microseconds of one call: name -> column -> us."""
+    print(f"{'':<22}" + "".join(f"{column:>13}" for column in columns))
+    for name, row in times.items():
+        print(f"{name:<22}" + "".join(f"{row[column]:>13.2f}" for column in columns))
+
+
+print("H200, recorded: host time of one call, us")
+print_host_times(h200["host"])
+assert all(row[column] > 0 for row in h200["host"].values() for column in columns)
+if on_gpu:
+    print("\nHere: host time of one call, us")
+    print_host_times(here["host"])
 
 # %% [markdown]
 # ## What CUDA graphs change
 #
-# A launch from Python keeps the host for microseconds, and a small write takes the GPU less than
-# one. Launched one by one, small writes wait for Python. Captured in a graph, they follow each
-# other as fast as the GPU can run them. A descriptor allocates, synchronises and compiles nothing
-# when it writes, so it can be captured.
+# A launch from Python takes the host several microseconds, while a small write takes the GPU less
+# than one. Launched one by one, small writes wait for Python. Captured in a graph, they follow each
+# other as fast as the GPU can run them. Writing with a descriptor allocates no device memory,
+# synchronizes nothing and compiles nothing, so it can be captured.
 
 # %%
+in_graph, on_host = cold[64]["pagedcache"], h200["host"]["calculate, CuPy"]["fixed"]
 print(
-    f"H200, recorded: one call of calculate {h200['host']['calculate']:.2f} us on the host, the "
-    f"write of 64 tokens in a graph {by_tokens[64]['pagedcache']:.2f} us"
+    f"H200, recorded: one call of calculate {on_host:.2f} us on the host, the "
+    f"write of 64 tokens in a graph {in_graph:.2f} us"
 )
-assert h200["host"]["calculate"] / by_tokens[64]["pagedcache"] > 7
+assert on_host > 3 * in_graph
 if on_gpu:
-    each = {row["tokens"]: row["us"]["pagedcache"] for row in rows}
-    print(f"Here: {here['host']['calculate']:.2f} us on the host, {each[64]:.2f} us in a graph")
+    in_graph = {row["tokens"]: row["us"]["pagedcache"] for row in rows}[64]
+    on_host = here["host"]["calculate, CuPy"]["fixed"]
+    print(f"Here: {on_host:.2f} us on the host, {in_graph:.2f} us in a graph")
 
 # %% [markdown]
 # ## What programmatic dependent launch changes
 #
-# From compute capability 9.0 on, a kernel can be set up while the one ahead of it still runs, and
-# wait only before it reads. That helps where latency is all there is: small writes. The first
-# version of it took a write of one token from 1.20 to 1.04 us and one of 1,024 from 3.90 to 3.61
-# (H200, recorded earlier). Since then the kernel also has its inputs brought to the L2 cache while
-# it waits. `PAGEDCACHE_PDL=0` turns programmatic launch off.
+# On GPUs of compute capability 9.0 and later, a kernel can be set up while the one ahead of it is
+# still running, and wait only before it reads. This helps where latency is everything: in small
+# writes. The first version of this brought a write of one token from 1.20 down to 1.04 us, and one
+# of 1,024 tokens from 3.90 down to 3.61 us (H200, recorded earlier). Since then, small writes have
+# also learned to prefetch their inputs into the L2 cache while they wait. `PAGEDCACHE_PDL=0` turns
+# programmatic launch off.
 
 # %%
 text = (NOTES / "performance.md").read_text()
@@ -134,13 +190,13 @@ if on_gpu:
             f"{one['us']['pagedcache']:.2f} us with"
         )
 else:
-    print("There is no GPU here to turn it off on.")
+    print("No GPU here, so there is nothing to turn it off for.")
 
 # %% [markdown]
 # ## How to time GPU code honestly
 #
-# **Wait for the GPU.** A call returns when the work is queued. A clock that is read then has
-# measured the queue.
+# **Wait for the GPU.** A call returns as soon as its work is queued. If you read the clock at that
+# point, you have only timed the queueing.
 
 # %%
 if on_gpu:
@@ -148,7 +204,7 @@ if on_gpu:
 
     big = cupy.zeros(1 << 28, cupy.uint8)
     other = cupy.empty_like(big)
-    cupy.copyto(other, big)  # compiles, if it must
+    cupy.copyto(other, big)  # compiles if needed
     cupy.cuda.Device().synchronize()
     began = time.perf_counter()
     cupy.copyto(other, big)
@@ -158,17 +214,19 @@ if on_gpu:
     print(f"queued after {queued * 1e6:.0f} us, finished after {finished * 1e6:.0f} us")
     assert queued < finished
 else:
-    print("On the CPU a write is done when the call returns.")
+    print("On the CPU, a write is done when the call returns.")
 
 # %% [markdown]
-# **Use new data each time.** If the same small array is copied again and again, it stays in a cache
-# near the processor. A real write finds its K and V elsewhere. The bench goes through so many
-# inputs in turn that none is still cached. How different does a copy look here?
+# **Know whether your data is cached.** If you copy the same small array again and again, it stays
+# in a cache near the processor. A real write gets new K and V each time, which may or may not still
+# be cached. So the benchmark can measure both: for cold inputs, it cycles through so many that none
+# of them is still cached; for hot inputs, through only a few. How much does this matter to a copy
+# on this machine?
 
 
 # %%
 def microseconds(sources, target, repeats=40):
-    """Return the median time of a copy, from all sources in turn."""
+    """Return the median time of a copy, cycling through the sources."""
     times = []
     for turn in range(repeats):
         began = time.perf_counter()
@@ -182,19 +240,18 @@ target = numpy.zeros_like(sources[0])
 same = microseconds(sources[:1], target)
 fresh = microseconds(sources, target)
 print(f"the same megabyte again {same:.0f} us, another one each time {fresh:.0f} us")
-assert (target == sources[39]).all()  # what was timed did happen
+assert (target == sources[39]).all()  # what we timed really happened
 
 # %% [markdown]
-# Also:
+# A few more rules:
 #
-# - Time many writes with one pair of events, and take the host out with a graph.
-# - Let all competitors take turns in one run and compare them there. Clocks drift, and machines
-#   differ.
-# - Report the median, and say what differs by less than two runs do.
-# - Check that what was timed was right. The bench first compares what each competitor wrote.
-# - Say which sizes were measured, and show those that went badly too.
+# - Time many writes with one pair of events, and use a graph to keep the host out of it.
+# - Compare competitors within one run, and let them take turns. Clocks drift, and machines differ.
+# - Report the median, and point out differences that are no larger than those between two runs.
+# - Check that what you time is correct. The benchmark first checks what each competitor writes.
+# - Say which sizes you measured, and show the ones that went badly, too.
 #
-# The bench does all this: `python -m pagedcache bench --help`.
+# The benchmark does all this: see `python -m pagedcache bench --help`.
 
 # %%
 for file in scratch.iterdir():

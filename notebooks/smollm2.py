@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M on a paged KV cache, small enough to read: NumPy on the CPU, CuPy on a GPU.
 
-A step has a fixed number of rows, each one token of some sequence. Each row brings a token id, its
-position, the slot that its K and V are written to, and the block table of its sequence; a row that
-is not needed has slot -1. A prompt is a sequence with many tokens to compute, a decoding sequence
-one with a single token, so the same step does prefill and decode, and mixes them. Shapes never
-change and inputs are refilled in place, so on a GPU one CUDA graph holds the whole step.
+A step has a fixed number of rows, and each row is one token of some sequence. A row consists of a
+token id, its position, the slot that its K and V are written to, and the block table of its
+sequence; unused rows get slot -1. A new prompt has many tokens to compute, a decoding sequence just
+one, so the same step does prefill and decode in any mix. Shapes never change and inputs are
+refilled in place, so on a GPU the whole step fits in one CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pagedcache.demo.model import ModelFile
 
 Array = Any  # of NumPy or CuPy
-Row = tuple["Request", int, int]  # a token to compute: of whom, its position, its slot
+Row = tuple["Request", int, int]  # a token to compute: its request, position, slot
 
 
 class Layer(NamedTuple):
-    """Weights of one layer; matrices are [outputs, inputs]."""
+    """Weights of one layer; matrices are ``[outputs, inputs]``."""
 
     attention_norm: Array
     qkv: Array
@@ -50,7 +50,7 @@ class Model:
     xp : module
         ``numpy`` or ``cupy``.
     context : int
-        Positions that are served.
+        Number of positions supported, the longest that a sequence can get.
     """
 
     def __init__(self, source: ModelFile, xp: Any, context: int) -> None:
@@ -74,11 +74,11 @@ class Model:
         self.head_size = source.head_size
         self.end: int = source.field("tokenizer.ggml.eos_token_id")
         self.epsilon = float(source.field("llama.attention.layer_norm_rms_epsilon"))
-        self.embedding = load("token_embd")  # and, transposed, the last matrix
+        self.embedding = load("token_embd")  # its transpose is also the output matrix
         self.layers = [layer(f"blk.{i}") for i in range(source.field("llama.block_count"))]
         self.norm = load("output_norm")
-        # The rotary embedding turns pair i of position p by p * base^(-2i / head_size): one complex
-        # number each, since the two of a pair are neighbours in this file.
+        # The rotary embedding rotates pair i at position p by p * base^(-2i / head_size). In this
+        # file the two numbers of a pair are adjacent, so each pair is one complex number.
         exponents = np.arange(0, self.head_size, 2) / self.head_size
         angles = np.arange(context)[:, None] * source.field("llama.rope.freq_base") ** -exponents
         self.turns = xp.asarray(np.exp(1j * angles).astype(np.complex64))
@@ -88,7 +88,7 @@ class Model:
     def forward(
         self, ids: Array, positions: Array, slots: Array, tables: Array, cache: PagedCache
     ) -> Array:
-        """Write K and V of each row to its slot; return the logits of the token after it."""
+        """Write the K and V of each row to its slot; return the logits of the next token."""
         x = self.embedding[ids]
         turns = self.turns[positions][:, None, :]
         masked = (self.places > positions[:, None])[:, None, None, :]
@@ -111,7 +111,7 @@ class Model:
         return 0.5 + 0.5 * self.xp.tanh(0.5 * x)  # never overflows
 
     def _split(self, qkv: Array, turns: Array) -> tuple[Array, Array, Array]:
-        """Return Q and K, both rotated, and V, which stays a slice of `qkv`."""
+        """Return Q and K, both rotated, and V, which remains a view of `qkv`."""
         rows, heads, size = len(qkv), self.heads, self.head_size
         both = (heads + self.kv_heads) * size
         pairs = self.xp.ascontiguousarray(qkv[:, :both]).reshape(rows, -1, size).view(np.complex64)
@@ -120,9 +120,9 @@ class Model:
         return turned[:, :heads], turned[:, heads:], v
 
     def _attention(self, q: Array, keys: Array, values: Array, masked: Array) -> Array:
-        """Let each row look at its own sequence, up to its own position."""
+        """Let each row attend to its own sequence, up to its own position."""
         xp, rows = self.xp, len(q)
-        # Query heads in groups: each group has one KV head.
+        # Query heads come in groups; each group shares one KV head.
         q = q.reshape(rows, self.kv_heads, -1, self.head_size) * self.head_size**-0.5
         scores = xp.where(masked, -np.inf, self.product(q, keys.transpose(0, 2, 1, 3)))
         weights = xp.exp(scores - scores.max(-1, keepdims=True))
@@ -131,12 +131,12 @@ class Model:
 
 
 def np_product(x: Array, matrix: Array) -> Array:
-    """Return ``x @ matrix.T``, for each matrix of a stack."""
+    """Return ``x @ matrix.T`` for each matrix in a stack."""
     return np.matmul(x, np.swapaxes(matrix, -1, -2))
 
 
 def make_cupy_product() -> Any:
-    """Return the same for CuPy, without cuBLAS, which CuPy lets nobody capture (its issue 6290)."""
+    """Return the same for CuPy, without cuBLAS, which CuPy refuses to capture (its issue 6290)."""
     import cupy
 
     @functools.cache
@@ -158,7 +158,7 @@ def make_cupy_product() -> Any:
 PRODUCT = r"""
 extern "C" __global__ void product(const float* x, const float* matrix, float* out, int outputs,
                                    int length) {
-  // A warp for each output: it reads a row of the matrix once, for all rows of x.
+  // One warp per output: it reads a row of the matrix once, for all rows of x.
   const int output = blockIdx.x * blockDim.y + threadIdx.y;
   if (output >= outputs) return;
   x += (long long)blockIdx.y * ROWS * length;
@@ -176,7 +176,7 @@ extern "C" __global__ void product(const float* x, const float* matrix, float* o
 
 
 class PagedCache:
-    """K and V of all layers in blocks, ``[layers, blocks, block size, KV heads, head size]``."""
+    """K and V of all layers, ``[layers, blocks, block size, KV heads, head size]``."""
 
     def __init__(self, model: Model, num_blocks: int, block_size: int) -> None:
         shape = (len(model.layers), num_blocks, block_size, model.kv_heads, model.head_size)
@@ -185,23 +185,23 @@ class PagedCache:
         self.descriptor: pc.Descriptor | None = None
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
-        """Write K and V, ``[rows, KV heads, head size]``, of one layer."""
+        """Write the K and V of one layer, ``[rows, KV heads, head size]``."""
         arrays = (self.k[layer], self.v[layer], k, v, slots)
-        if self.descriptor is None:  # one serves all layers and steps
+        if self.descriptor is None:  # one for all layers and steps
             self.descriptor = pc.Descriptor.create(*arrays, layout="NHD")
         self.descriptor.calculate(*arrays)
 
     def read(self, layer: int, tables: Array) -> tuple[Array, Array]:
-        """Return K and V of whole sequences, ``[rows, context, KV heads, head size]``."""
+        """Return the K and V of whole sequences, ``[rows, context, KV heads, head size]``."""
         shape = (len(tables), -1, *self.k.shape[-2:])
         return self.k[layer][tables].reshape(shape), self.v[layer][tables].reshape(shape)
 
 
 class DenseCache(PagedCache):
-    """The same with one block as long as the context for each sequence, written by indexing."""
+    """The same with one context-long block per sequence, written by indexing."""
 
     def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
-        """Write K and V of one layer, without this package's operator."""
+        """Write the K and V of one layer without this package's operator."""
         used = slots >= 0
         for cache, rows in ((self.k, k), (self.v, v)):
             cache[layer].reshape(-1, *rows.shape[1:])[slots[used]] = rows[used]
@@ -209,17 +209,17 @@ class DenseCache(PagedCache):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, and what was generated after it.
+    """A prompt and the tokens generated after it.
 
     Attributes
     ----------
     name : str
     ids : list of int
-        Tokens of the prompt, then those generated.
+        Tokens of the prompt, followed by those generated.
     prompt, limit : int
-        How many tokens the prompt has, and how many there may be in all.
+        Number of tokens in the prompt, and the most there may be in total.
     row : int
-        Where in the last step its next token was predicted.
+        Row that predicted its latest token; -1 if there is none yet.
     """
 
     name: str
@@ -231,22 +231,23 @@ class Request:
 
     @property
     def generated(self) -> list[int]:
-        """Tokens after the prompt."""
+        """Tokens generated after the prompt."""
         return self.ids[self.prompt :]
 
 
 class Engine:
-    """Continuous batching: each step, the running sequences first, then new ones while they fit.
+    """Continuous batching: in each step, running sequences first, then new ones while they fit.
 
     Parameters
     ----------
     model : Model
     num_blocks, block_size : int
-        The pool. Dense: how many sequences; the block size is the model's context.
+        Size of the pool. With a dense cache, `num_blocks` is the number of sequences, and the block
+        size is the context of the model.
     rows : int
-        Tokens of a step.
+        Number of tokens in a step.
     dense : bool
-        Keep a `DenseCache`, for comparison.
+        Use a `DenseCache`, for comparison.
     graph : bool
         Capture the step in a CUDA graph; CuPy only, and not with a dense cache.
     """
@@ -272,7 +273,7 @@ class Engine:
         self.running: list[Request] = []
         self.peak = 0  # blocks
         entries = model.context // block_size
-        # One array on the host and one on the device, so that a step has one copy.
+        # One array on the host and one on the device, so that each step needs a single copy.
         self._host = np.zeros((3 + entries) * rows, np.int64)
         self._device = xp.asarray(self._host)
         self._host_parts = _parts(self._host, rows)
@@ -286,11 +287,11 @@ class Engine:
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold."""
+        """Number of blocks held by sequences."""
         return self.pool.num_blocks - len(self.pool.free)
 
     def submit(self, name: str, ids: list[int], new_tokens: int) -> Request:
-        """Queue a prompt for at most `new_tokens` tokens."""
+        """Queue a prompt, to be followed by at most `new_tokens` tokens."""
         request = Request(name, list(ids), len(ids), len(ids) + new_tokens)
         blocks = self._blocks(request)
         if request.limit > self.model.context or blocks > self.pool.num_blocks:
@@ -299,7 +300,7 @@ class Engine:
         return request
 
     def step(self) -> list[Request]:
-        """Compute one token in each row; return the requests that ended."""
+        """Compute one token in each row; return the requests that have finished."""
         rows = self._schedule()
         self._fill(rows)
         with self._stream:
@@ -308,7 +309,7 @@ class Engine:
             tokens = self.tokens.tolist()
         ended = []
         for row, (request, position, _) in enumerate(rows):
-            if position == len(request.ids) - 1:  # all that is known of it was computed
+            if position == len(request.ids) - 1:  # all its known tokens are computed
                 request.row = row
                 request.ids.append(tokens[row])
                 if tokens[row] == self.model.end or len(request.ids) == request.limit:
@@ -328,16 +329,17 @@ class Engine:
         return rows
 
     def _take(self, request: Request, rows: list[Row]) -> None:
-        """Give a request's next tokens rows and slots, as far as there are rows."""
+        """Assign rows and slots to the next tokens of a request, while there are rows left."""
         start = request.sequence.length
         count = min(len(request.ids) - start, len(self.tokens) - len(rows))
         slots = self.pool.extend(request.sequence, count).tolist()
         rows += [(request, start + i, slot) for i, slot in enumerate(slots)]
 
     def _admit(self, request: Request) -> bool:
-        """Start a request on the blocks that it has in common with a running one, if it fits.
+        """Start a request if it fits, sharing the prefix blocks of a running request.
 
-        Blocks filled in this very step can be shared: in each layer all rows write, then all read.
+        Even blocks that are filled in this very step can be shared: in each layer, all rows write
+        before any row reads.
         """
         parent, common = None, 0
         for other in self.running:
@@ -345,7 +347,7 @@ class Engine:
             if min(same, other.sequence.length) > common:
                 parent, common = other.sequence, min(same, other.sequence.length)
         request.sequence = self.pool.add(request.name, parent, common)
-        # Nobody is admitted who could run out of blocks later.
+        # Only admit a request if nobody can run out of blocks later.
         missing = (
             self._blocks(each) - len(each.sequence.block_table) for each in [*self.running, request]
         )
@@ -356,7 +358,7 @@ class Engine:
         return True
 
     def _blocks(self, request: Request) -> int:
-        return -(-(request.limit - 1) // self.pool.block_size)  # the last token is never fed
+        return -(-(request.limit - 1) // self.pool.block_size)  # the last token is never fed back
 
     def _fill(self, rows: list[Row]) -> None:
         ids, positions, slots, tables = self._host_parts
@@ -372,14 +374,14 @@ class Engine:
         self.tokens[...] = self.logits.argmax(-1)
 
     def _capture(self) -> None:
-        """Record one step; from then on a step is one launch."""
+        """Capture one step; from then on, a step is a single graph launch."""
         import cupy
 
         self._host_parts[2][:] = PADDING
         self._device[...] = cupy.asarray(self._host)
-        cupy.cuda.Device().synchronize()  # weights came on another stream
+        cupy.cuda.Device().synchronize()  # the weights were copied on another stream
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        # Memory of the graph's own: what it uses between steps, nobody else may be given.
+        # A memory pool of its own: nobody else may get the memory that the graph will use again.
         self._memory = cupy.cuda.MemoryPool()
         with self._stream, cupy.cuda.using_allocator(self._memory.malloc):
             self._forward()  # compiles, makes the descriptor, and fills the pool
@@ -390,12 +392,12 @@ class Engine:
 
 
 def _parts(inputs: Array, rows: int) -> tuple[Array, Array, Array, Array]:
-    """Return ids, positions, slots and block tables, which lie one behind the other."""
+    """Return ids, positions, slots and block tables, which are stored in this order."""
     ids, positions, slots = inputs[: 3 * rows].reshape(3, rows)
     return ids, positions, slots, inputs[3 * rows :].reshape(rows, -1)
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
-    """Return how many tokens two lists begin with in common."""
+    """Return the length of the common prefix of two lists."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

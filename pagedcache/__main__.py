@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pagedcache``: what a bug report needs; warm-up, the demo, the bench."""
+"""``python -m pagedcache``: details for bug reports, warm-up, demo and benchmark."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from pagedcache.operators.paged_caching.warmup import warming_up
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    told = "What a bug report needs; warm-up, the demo, the bench."
-    parser = argparse.ArgumentParser(prog="python -m pagedcache", description=told)
+    description = "Print details for a bug report, compile the kernels, run the demo or benchmark."
+    parser = argparse.ArgumentParser(prog="python -m pagedcache", description=description)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("about", help="versions, backends, device limits, folders (the default)")
-    warm = commands.add_parser("warmup", help="compile all kernels now, so that no call has to")
-    warm.add_argument("--device", help="'cuda', 'cuda:1', 'cpu'; the default: what would be used")
+    commands.add_parser(
+        "about", help="print versions, backends, device limits and folders (default)"
+    )
+    warm = commands.add_parser(
+        "warmup", help="compile all kernels now, so that no later call has to"
+    )
+    warm.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
     demo.add_arguments(
         commands.add_parser("demo", help="write the K and V of real text into a paged cache")
     )
     bench.add_arguments(
-        commands.add_parser("bench", help="time it beside a memcpy and the peers installed here")
+        commands.add_parser("bench", help="time the write against a memcpy and the installed peers")
     )
     parsed = parser.parse_args(arguments)
     if parsed.command == "demo":
@@ -41,14 +45,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def warm_up(device: str | None) -> int:
-    """Compile, and print each kernel when it is ready."""
+    """Compile all kernels, and print each when it is ready."""
     try:
         for done in warming_up(device, dtypes=DTYPES, slot_dtypes=SLOT_DTYPES):
             print(done, flush=True)
     except PagedCacheError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"Kept in {compile_cache()}" if done.device != "cpu" else "The CPU compiles nothing.")
+    on_cpu = done.device == "cpu"
+    print("The CPU compiles nothing." if on_cpu else f"Compile cache: {compile_cache()}")
     return 0
 
 
@@ -66,14 +71,14 @@ def about() -> int:
         mark = "usable    " if report.usable else "not usable"
         print(f"  {report.device_type:<6} {mark}  {report.reason}")
     handle = Handle()
-    print(f"\nUsed unless told otherwise: {handle.device}")
+    print(f"\nDefault device: {handle.device}")
     for name, value in handle.opened().limits_table():
         print(f"  {name:<22} {value}")
     return 0
 
 
 def version(distribution: str) -> str:
-    """Return the installed version of a distribution."""
+    """Return the installed version of a distribution, or ``"not installed"``."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -81,18 +86,18 @@ def version(distribution: str) -> str:
 
 
 def compile_cache() -> str:
-    """Return where CuPy keeps compiled kernels, and whether it can."""
-    # As CuPy reads it, which expands no ~ in the variable; unlike Path.home(), this never raises.
+    """Return the folder where CuPy caches compiled kernels, marked if it cannot be written."""
+    # As in CuPy, a ~ in the variable is not expanded. Unlike Path.home(), this never raises.
     home = os.path.expanduser("~/.cupy/kernel_cache")  # noqa: PTH111
     folder = os.environ.get("CUPY_CACHE_DIR", home)
-    return folder if folder and _can_be_written(Path(folder)) else f"{folder!r}, cannot be written"
+    return folder if folder and _can_be_written(Path(folder)) else f"{folder!r} (not writable)"
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Return whether a folder is there and can be written, or can be made."""
+    """Return whether a folder is writable or can be created."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    except OSError:  # such as a name that is too long
+    except OSError:  # for example, the name is too long
         return False
     return existing.is_dir() and os.access(existing, os.W_OK)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of two columns, for terminals and notebooks."""
+"""Two-column tables, for terminals and notebooks."""
 
 from __future__ import annotations
 

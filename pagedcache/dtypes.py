@@ -47,6 +47,6 @@ def as_dtype(subject: str, value: object) -> Dtype:
 
 
 def names(dtypes: tuple[Dtype, ...]) -> str:
-    """Return dtypes as in ``"float16, bfloat16 or float32"``."""
+    """Return the names of dtypes as in ``"float16, bfloat16 or float32"``."""
     *first, last = map(str, dtypes)
     return f"{', '.join(first)} or {last}" if first else last

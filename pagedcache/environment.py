@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment variables that switch something on or off."""
+"""Environment variables that turn a feature on or off."""
 
 from __future__ import annotations
 

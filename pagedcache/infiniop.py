@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator as the C functions of InfiniCore's ``infiniop``, name for name.
+"""The operator behind the C functions of InfiniCore's ``infiniop``, name for name.
 
 The names, numbers and semantics of this interface are InfiniCore's
-(github.com/InfiniTensor/InfiniCore), so that code written against it can drive this package.
-No function raises: each returns a `Status`, or ``(Status, value)`` where C has an out pointer, and
-then the value is ``None`` unless the status is ``SUCCESS``. Addresses are ints and are trusted, as
-in C; 0 and ``None`` are NULL. Tensors are in the logical order HND. The number of tokens in a call
-is that of the descriptors. A NULL stream is CUDA's default stream, not CuPy's current one.
+(github.com/InfiniTensor/InfiniCore), so code written for it can use this package. No function
+raises: each returns a `Status`, or ``(Status, value)`` where C has an out pointer; the value is
+``None`` unless the status is ``SUCCESS``. Addresses are ints and are trusted, as in C; 0 and
+``None`` are NULL. The logical order of axes is HND. The number of tokens in a call is that of the
+tensor descriptors. A NULL stream is CUDA's default stream, not CuPy's current one.
 
 `infiniopPagedCaching` is asynchronous on a GPU: it returns once the write is queued on the stream.
 All functions may be called from any thread.
@@ -148,18 +148,20 @@ def infiniopCreateHandle(device_type: int, device_id: int = 0) -> Handle:
 @_status
 def infiniopDestroyHandle(handle: Handle | None) -> None:
     """Release a handle; descriptors that were created with it keep working."""
-    _given("handle", handle, Handle).destroy()
+    _required("handle", handle, Handle).destroy()
 
 
 @_status_and_value
 def infiniopCreateTensorDescriptor(
     ndim: int, shape: Sequence[int] | None, strides: Sequence[int] | None, dtype: int
 ) -> TensorDescriptor:
-    """Describe a tensor; strides are in elements, ``None`` for contiguous."""
+    """Describe a tensor; strides are in elements, or ``None`` for a contiguous tensor."""
     if shape is None:
         raise NullPointerError("shape", "is required", "None")
     if not isinstance(dtype, int) or dtype not in _DTYPES:
-        raise BadTensorDtypeError("dtype", "must be an InfiniDtype with values", shown(dtype))
+        raise BadTensorDtypeError(
+            "dtype", "must be an InfiniDtype other than INVALID, C16 and C32", shown(dtype)
+        )
     if not isinstance(ndim, int) or ndim < 0:
         raise BadParamError("ndim", "must be a non-negative int", shown(ndim))
     return TensorDescriptor(
@@ -171,8 +173,8 @@ def infiniopCreateTensorDescriptor(
 
 @_status
 def infiniopDestroyTensorDescriptor(desc: TensorDescriptor | None) -> None:
-    """Release a tensor descriptor, which holds nothing."""
-    _given("desc", desc, TensorDescriptor)
+    """Release a tensor descriptor. It holds no resources."""
+    _required("desc", desc, TensorDescriptor)
 
 
 @_status_and_value
@@ -184,22 +186,22 @@ def infiniopCreatePagedCachingDescriptor(
     v_desc: TensorDescriptor | None,
     slot_mapping_desc: TensorDescriptor | None,
 ) -> Descriptor:
-    """Check the tensors, pick the backend of the handle's device, and compile."""
+    """Check the tensors, select the backend of the handle's device, and compile."""
     return Descriptor.create(
-        _given("k_cache_desc", k_cache_desc, TensorDescriptor),
-        _given("v_cache_desc", v_cache_desc, TensorDescriptor),
-        _given("k_desc", k_desc, TensorDescriptor),
-        _given("v_desc", v_desc, TensorDescriptor),
-        _given("slot_mapping_desc", slot_mapping_desc, TensorDescriptor),
+        _required("k_cache_desc", k_cache_desc, TensorDescriptor),
+        _required("v_cache_desc", v_cache_desc, TensorDescriptor),
+        _required("k_desc", k_desc, TensorDescriptor),
+        _required("v_desc", v_desc, TensorDescriptor),
+        _required("slot_mapping_desc", slot_mapping_desc, TensorDescriptor),
         layout="HND",
-        handle=_given("handle", handle, Handle),
+        handle=_required("handle", handle, Handle),
     )
 
 
 @_status_and_value
 def infiniopGetPagedCachingWorkspaceSize(desc: Descriptor | None) -> int:
-    """Return the bytes of workspace that `infiniopPagedCaching` needs."""
-    return _given("desc", desc, Descriptor).workspace_size
+    """Return the size in bytes of the workspace that `infiniopPagedCaching` needs."""
+    return _required("desc", desc, Descriptor).workspace_size
 
 
 def infiniopPagedCaching(
@@ -213,10 +215,10 @@ def infiniopPagedCaching(
     slot_mapping: int | None,
     stream: int | None,
 ) -> Status:
-    """Queue the write of as many tokens as the slot mapping was described with."""
+    """Queue the write of as many tokens as the descriptor of the slot mapping has."""
     try:
         if type(desc) is not Descriptor:
-            desc = _given("desc", desc, Descriptor)
+            desc = _required("desc", desc, Descriptor)
         desc._write_at(k_cache, v_cache, k, v, slot_mapping, workspace, workspace_size, stream)
     except PagedCacheError as error:
         return error.status
@@ -227,8 +229,8 @@ def infiniopPagedCaching(
 
 @_status
 def infiniopDestroyPagedCachingDescriptor(desc: Descriptor | None) -> None:
-    """Release a descriptor; using it after this is ``BAD_PARAM``."""
-    _given("desc", desc, Descriptor).destroy()
+    """Release a descriptor; using it afterwards returns ``BAD_PARAM``."""
+    _required("desc", desc, Descriptor).destroy()
 
 
 def _entries(kind: type[PagedCacheError], name: str, values: Sequence[int], ndim: int) -> list[int]:
@@ -236,10 +238,10 @@ def _entries(kind: type[PagedCacheError], name: str, values: Sequence[int], ndim
     try:
         return [values[axis] for axis in range(ndim)]
     except (TypeError, LookupError) as error:
-        raise kind(name, f"must have {ndim} entries, as ndim says", shown(values)) from error
+        raise kind(name, f"must have at least ndim entries, {ndim}", shown(values)) from error
 
 
-def _given(name: str, value: object, kind: type[T]) -> T:
+def _required(name: str, value: object, kind: type[T]) -> T:
     if value is None:
         raise NullPointerError(name, "is required", "None")
     if not isinstance(value, kind):

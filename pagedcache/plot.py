@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a paged cache: the pool, the block tables, a slot mapping. Needs matplotlib.
+"""Plots of a paged cache: the pool, the block tables, a slot mapping. Requires matplotlib.
 
-Nothing else in this package imports this module. A sequence has the same colour in all pictures if
-it has the same place in all mappings, so keep sequences that ended, with an empty table.
+Nothing else in this package imports this module. The colour of a sequence depends on its position
+in the mapping of block tables, so keep finished sequences there, with an empty table, if colours
+should stay the same from plot to plot.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ if TYPE_CHECKING:
 
 FREE, SHARED, WRITTEN = "white", "tab:gray", "tab:blue"
 INVALID = "tab:red"
-# Without gray and red, which mean something else here.
+# Gray and red are left out, since they mean shared and invalid.
 _SEQUENCES = ("blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan")
 
 Tables = Mapping[str, Sequence[int]]
 
 
 def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None = None) -> Axes:
-    """Draw the blocks of a pool as a grid: a colour for each sequence, shared ones, free ones.
+    """Draw the blocks of a pool as a grid, coloured by sequence, or as shared or free.
 
     Parameters
     ----------
     tables : mapping of str to sequence of int
         The block table of each sequence, by its name; negative entries are padding.
     num_blocks : int
-        Size of the pool.
+        Number of blocks in the pool.
     columns : int
-        Blocks in a row of the grid.
+        Blocks per row of the grid.
     ax : matplotlib.axes.Axes, optional
-        Not given: a new figure.
+        The axes to draw on. By default, those of a new figure.
 
     Returns
     -------
@@ -49,8 +50,8 @@ def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None 
     tables = _ints(tables)
     for name, table in tables.items():
         if table and max(table) >= num_blocks:
-            rule = f"tables must name blocks below num_blocks, {num_blocks}"
-            raise ValueError(f"{rule}, got {max(table)} of {name}")
+            rule = f"tables must have blocks below num_blocks, {num_blocks}"
+            raise ValueError(f"{rule}, got block {max(table)} in the table of {name}")
     rows = -(-num_blocks // columns)
     ax = _axes(ax, columns, rows)
     colours = _colours(tables)
@@ -71,14 +72,15 @@ def pool(tables: Tables, num_blocks: int, *, columns: int = 16, ax: Axes | None 
 
 
 def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
-    """Draw block tables, one row a sequence: which block holds its tokens, in their order.
+    """Draw block tables, one row per sequence: the blocks that hold its tokens, in token order.
 
     Parameters
     ----------
     tables : mapping of str to sequence of int
-        The block table of each sequence, by its name. Blocks in several tables are shared.
+        The block table of each sequence, by its name; negative entries are padding. Blocks in
+        several tables are drawn as shared.
     ax : matplotlib.axes.Axes, optional
-        Not given: a new figure.
+        The axes to draw on. By default, those of a new figure.
 
     Returns
     -------
@@ -101,19 +103,19 @@ def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
 def slot_mapping(
     slots: Iterable[int], block_size: int, num_blocks: int, *, ax: Axes | None = None
 ) -> Axes:
-    """Draw where tokens go: a row for each block that is written, a column for each offset.
+    """Draw where tokens go, with a row for each block that is written and a column for each offset.
 
-    Tokens that go nowhere stand in rows of their own below: padding has a negative slot and is
-    skipped, an invalid slot is past the end of the cache and is never written.
+    Tokens that are not written are drawn in extra rows below: padding, which has a negative slot,
+    and tokens with an invalid slot, past the end of the cache.
 
     Parameters
     ----------
     slots : iterable of int
         The slot of each token.
     block_size, num_blocks : int
-        Of the cache.
+        Slots per block, and number of blocks in the cache.
     ax : matplotlib.axes.Axes, optional
-        Not given: a new figure.
+        The axes to draw on. By default, those of a new figure.
 
     Returns
     -------
@@ -174,7 +176,7 @@ def _cell(ax: Axes, column: int, row: int, text: str, colour: str, hatch: str = 
     style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5}
     ax.add_patch(Rectangle((column, row), 1, 1, hatch=hatch, **style))
     ink = "black" if sum(to_rgba(colour)[:3]) > 1.6 else "white"
-    # Over a hatch, text needs a ground of its own.
+    # Text over a hatch needs a background of its own.
     box = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch else None
     drawn = ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, bbox=box)
     drawn.set_fontsize(7)

@@ -154,7 +154,7 @@ def span(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int
 
 
 def overlap(one: Array, other: Array) -> bool:
-    """Return whether two views share a byte; ``True`` also if that takes too long to find out."""
+    """Return whether two views share a byte; ``True`` also if finding out takes too long."""
     try:
         return np.shares_memory(one, other, max_work=_MAX_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
@@ -162,7 +162,7 @@ def overlap(one: Array, other: Array) -> bool:
 
 
 def overlaps_itself(array: Array) -> bool:
-    """Return whether two elements of a view share a byte, with the same caution."""
+    """Return whether two elements of a view share a byte; ``True`` also if in doubt."""
     # Two different elements differ first on some axis: there, one is at 0, the other at 1 or more.
     for axis in range(array.ndim):
         rest = array[(0,) * axis]
@@ -177,7 +177,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Memory:
-    """Memory owned by somebody else, in the form that NumPy reads without a copy."""
+    """Memory with another owner, in the form that NumPy reads without a copy."""
 
     def __init__(
         self, address: int, dtype: Dtype, shape: tuple[int, ...], strides: tuple[int, ...]

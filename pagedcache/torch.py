@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator for PyTorch's compiler: ``torch.ops.pagedcache.paged_caching``.
 
-Eager code does not need this, since `pagedcache.paged_caching` takes tensors as they are. Importing
-this module registers the operator with what ``torch.compile`` and ``torch.export`` need to know:
-that it writes both caches and returns nothing. Not imported by `pagedcache`; needs PyTorch 2.4.
+Eager code does not need this module, since `pagedcache.paged_caching` takes tensors as they are.
+Importing it registers the operator together with what ``torch.compile`` and ``torch.export`` must
+know: that it writes both caches and returns nothing. `pagedcache` does not import this module.
+Requires PyTorch 2.4 or newer.
 
 Examples
 --------
@@ -47,7 +48,7 @@ def _write(
 
 
 def _write_nothing(*tensors: torch.Tensor | str | None, **_: str | None) -> None:
-    """Stand in for tensors without memory. There is no result whose shape would be needed."""
+    """Check the devices of tensors without memory. There is no result to describe."""
     devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
     if len(devices) > 1:  # such as real caches and a slot mapping on "meta"
         got = " and ".join(sorted(map(str, devices)))
@@ -60,5 +61,5 @@ torch.library.register_fake(NAME, _write_nothing)
 paged_caching = torch.ops.pagedcache.paged_caching.default
 """``(k_cache, v_cache, k, v, slot_mapping, layout=None, on_invalid="skip")``; see `paged_caching`.
 
-Runs on PyTorch's current stream. ``on_invalid="raise"`` waits, so it cannot be captured.
+Runs on PyTorch's current stream. ``on_invalid="raise"`` waits for it, so it cannot be captured.
 """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests share: whether there is a GPU, and how a case is made and run."""
+"""What all tests share: the compiler for the host, and skipping what needs a GPU."""
 
 from __future__ import annotations
 
 import os
 
-# Before NumPy is imported, and for the notebooks too: one thread adds in one order on any machine,
-# and several wait for each other very long where cores are shared.
+# Set before NumPy is imported, also for the notebooks: one thread sums in the same order on any
+# machine, and several spend a long time waiting for each other if cores are shared.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import shutil
@@ -19,9 +19,9 @@ import pagedcache as pc
 
 @pytest.fixture(scope="session")
 def compiler(tmp_path_factory):
-    """Compiles CUDA source for the host."""
+    """Return a compiler of CUDA source for the host."""
     if shutil.which("g++") is None:
-        pytest.skip("there is no g++ here")
+        pytest.skip("needs g++")
     return host_device.Compiler(tmp_path_factory.mktemp("host"))
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device that runs the real CUDA source, compiled by g++, on the calling thread.
 
-It stands where a CudaDevice stands, for any operator: whatever source file and template instances
-it is asked to compile, it compiles.
+It replaces a CudaDevice, for any operator: it compiles whatever source file and template instances
+are asked for.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TAKE = "pagedcache::takeReport"
 
 
 class Compiler:
-    """Compiles CUDA source for the host, with PAGEDCACHE_HOST_FLAGS, into a folder."""
+    """Compiles CUDA source for the host into a folder, with PAGEDCACHE_HOST_FLAGS."""
 
     def __init__(self, folder):
         self.folder = folder
 
-    @functools.cache  # noqa: B019 - there is one of these in a session
+    @functools.cache  # noqa: B019 - there is one per session
     def library(self, file, expressions, more=""):
         """Return a library with a function ``run_<number>`` for each expression."""
         path = Path(file)
@@ -47,7 +47,7 @@ class Compiler:
             )
         text = "\n".join([*lines, more, ""])
         flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-        flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # unroll; of the shim
+        flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # for unroll; for the shim
         flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
         stem = self.folder / hashlib.sha256(" ".join([text, *flags]).encode()).hexdigest()[:16]
         stem.with_suffix(".cpp").write_text(text)
@@ -132,7 +132,7 @@ class HostReport:
         self._run(1, 1, 1, ctypes.addressof(self._arguments))
         self.streams.clear()
         count, _, row, value = self.words[4:]
-        return self._last.told(count, row, value)
+        return self._last.read(count, row, value)
 
 
 def descriptor_on(device, case, **options):

@@ -18,12 +18,12 @@ from pagedcache.backend.protocol import Invalid
 from pagedcache.operators.one_call import Kept
 from pagedcache.operators.paged_caching import one_call
 
-GUARD = 64  # bytes before and behind each tensor
+GUARD = 64  # bytes before and after each tensor
 
 
 @dataclass
 class Case:
-    """Five tensors in five buffers, and the layout that they are in."""
+    """Five tensors in five buffers, and their layout."""
 
     layout: str
     buffers: dict[str, np.ndarray]
@@ -31,7 +31,7 @@ class Case:
     recipe: dict[str, tuple] = field(repr=False)
 
     def on(self, to_device):
-        """Return this case with its buffers moved, the views made anew on them."""
+        """Return this case with its buffers moved, and new views of them."""
         buffers = {name: to_device(buffer) for name, buffer in self.buffers.items()}
         views = {name: view_of(buffers[name], *self.recipe[name]) for name in self.views}
         return Case(self.layout, buffers, views, self.recipe)
@@ -50,7 +50,7 @@ class Case:
 
 
 def view_of(buffer, dtype, start, shape, strides):
-    """Return a view of a byte buffer, NumPy's or CuPy's; strides are in elements."""
+    """Return a view of a NumPy or CuPy byte buffer; strides are in elements."""
     dtype = np.dtype(dtype)
     steps = tuple(step * dtype.itemsize for step in strides)
     span = dtype.itemsize + sum(
@@ -106,7 +106,7 @@ def cases(draw, max_tokens=40):
         alignment = 1 if name == "slot_mapping" else unit
         strides = strided(draw, shape, order, alignment, gaps and name != "slot_mapping")
         if name in ("k", "v") and gaps and draw(st.booleans()):
-            # A source row may stand for many: a broadcast axis has stride 0.
+            # A source may be broadcast: an axis with stride 0.
             zero = draw(st.integers(0, 1))
             strides = tuple(0 if axis == zero else step for axis, step in enumerate(strides))
         itemsize = np.dtype(dtype).itemsize
@@ -125,7 +125,7 @@ def cases(draw, max_tokens=40):
         add(name, dtype, (tokens + more, heads, head_size), (*order, 2))
 
     capacity = blocks * block_size
-    # No slot twice: which of two tokens stays is not defined.
+    # No slot twice, since either of two tokens may end up there.
     chosen = rng.permutation(capacity)[:tokens].astype(np.int64)
     slots = np.full(tokens, -1, np.int64)
     slots[: len(chosen)] = chosen
@@ -141,7 +141,7 @@ def cases(draw, max_tokens=40):
 
 
 def expected(case):
-    """Return what the buffers must hold after the write: the definition, one token at a time."""
+    """Return what the buffers must hold after the write, by its definition: token by token."""
     done = case.copy()
     k_cache, v_cache, k, v, slots = done.arrays()
     bits = f"u{k.dtype.itemsize}"
@@ -156,7 +156,7 @@ def expected(case):
 
 
 def invalid_slots(case):
-    """Return what must be reported of the slots past the end; ``None`` if there are none."""
+    """Return what must be reported about slots past the end; ``None`` if there are none."""
     k_cache, *_, slots = case.arrays()
     capacity = k_cache.shape[0] * k_cache.shape[2 if case.layout == "HND" else 1]
     bad = [(token, slot) for token, slot in enumerate(slots.tolist()) if slot >= capacity]
@@ -164,7 +164,7 @@ def invalid_slots(case):
 
 
 def forget(monkeypatch):
-    """Let `paged_caching` forget its descriptors for a test; return where it keeps them."""
+    """Let `paged_caching` start a test without descriptors; return where it keeps them."""
     kept = Kept(pc.Descriptor, one_call._create)
     monkeypatch.setattr(one_call, "_kept", kept)
     return kept

@@ -86,10 +86,10 @@ def five(**changes):
 
 
 def call_for(given, to_library, ran, apart=None):
-    """Return a recognised call for arrays of a library, which appends its arguments to `ran`."""
+    """Return a matcher of arrays of a library, which appends its arguments to `ran`."""
     described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in five().items()}
     rules = pc.PagedCachingInfo.create(*described.values()).rules
-    return matching.recognised_call(
+    return matching.make_matcher(
         rules.expected(described),
         [to_library(array) for array in given.values()],
         "slot_mapping",
@@ -119,7 +119,7 @@ def to_library(request, monkeypatch):
     return library
 
 
-def test_arrays_are_recognised_whatever_their_address_and_number_of_rows(to_library):
+def test_arrays_match_whatever_their_address_and_number_of_rows(to_library):
     ran, given = [], five()
     call = call_for(given, to_library, ran)
     for rows in (5, 1, 3, 5):
@@ -137,7 +137,7 @@ def test_arrays_are_recognised_whatever_their_address_and_number_of_rows(to_libr
 
 
 def variants(name):
-    """Yield arrays that must not be recognised in the place of one."""
+    """Yield arrays that must not match in the place of one."""
     shape, dtype = LOOKS[name]
     good = np.zeros(shape, dtype)
     yield good.astype(np.float32 if dtype == np.float16 else np.int32)
@@ -165,7 +165,7 @@ def variants(name):
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_other_arrays_are_not_recognised(to_library, name):
+def test_other_arrays_do_not_match(to_library, name):
     ran = []
     call = call_for(five(), to_library, ran)
     assert call(*map(to_library, five().values()), None)
@@ -201,7 +201,7 @@ def test_what_only_one_library_has(to_library):
     assert ran == []
 
 
-def test_a_slice_of_rows_is_recognised_by_its_strides(to_library):
+def test_a_slice_of_rows_matches_by_its_strides(to_library):
     """Rows of a fused projection are further apart than they are long, also if there is one."""
     qkv = np.zeros((9, 6, 8), np.float16)
     ran, given = [], five(k=qkv[:5, :3], v=qkv[:5, 3:])
@@ -210,7 +210,7 @@ def test_a_slice_of_rows_is_recognised_by_its_strides(to_library):
         for name, a in given.items()
     }
     rules = pc.PagedCachingInfo.create(*described.values()).rules
-    call = matching.recognised_call(
+    call = matching.make_matcher(
         rules.expected(described),
         [to_library(array) for array in given.values()],
         "slot_mapping", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
@@ -225,7 +225,7 @@ def test_a_slice_of_rows_is_recognised_by_its_strides(to_library):
     assert [each[0] for each in ran] == [9, 1, 5]
 
 
-def test_caches_that_share_memory_are_not_recognised(to_library):
+def test_caches_that_share_memory_do_not_match(to_library):
     pool = np.zeros((6, 3, 2, 8), np.float16)
     size, block = 4 * 3 * 2 * 8 * 2, 3 * 2 * 8 * 2
     for blocks, fine in ((0, False), (1, False), (2, False)):
@@ -249,7 +249,7 @@ def test_caches_that_share_memory_are_not_recognised(to_library):
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_misaligned_arrays_are_not_recognised(to_library, name):
+def test_misaligned_arrays_do_not_match(to_library, name):
     if to_library not in (in_numpy, in_cupy):
         pytest.skip("PyTorch makes no such tensor")
     good = five()[name]
@@ -261,7 +261,7 @@ def test_misaligned_arrays_are_not_recognised(to_library, name):
     assert ran == []
 
 
-def test_libraries_may_be_mixed_in_a_recognised_call():
+def test_libraries_may_be_mixed_in_a_make_matcher():
     pytest.importorskip("torch")
     given = five()
     arrays = [torch_view(a) if i % 2 else a for i, a in enumerate(given.values())]
@@ -270,7 +270,7 @@ def test_libraries_may_be_mixed_in_a_recognised_call():
     ran = []
     described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in given.items()}
     rules = pc.PagedCachingInfo.create(*described.values()).rules
-    call = matching.recognised_call(
+    call = matching.make_matcher(
         rules.expected(described), arrays, "slot_mapping", {},
         lambda *arguments: ran.append(arguments), lambda: 0, int, check_alignment=True,
     )  # fmt: skip
@@ -281,7 +281,7 @@ def test_libraries_may_be_mixed_in_a_recognised_call():
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_arrays_of_another_device_are_not_recognised(fake_cupy, devices):
+def test_arrays_of_another_device_do_not_match(fake_cupy, devices):
     fake = fake_cupy(devices)
     ran = []
     on = lambda device: lambda array: fake.ndarray(array, device)  # noqa: E731

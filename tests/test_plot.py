@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures: what was drawn, never its pixels."""
+"""The plots: what is drawn, not its pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def closes_figures():
 
 
 def cells(ax):
-    """Return by column and row the colour and text of each cell."""
+    """Return the colour and text of each cell, by column and row."""
     texts = {text.get_position(): text.get_text() for text in ax.texts}
     found = {}
     for patch in ax.patches:
@@ -116,7 +116,7 @@ def test_slot_mapping():
     assert hatched == {(0, 2), (1, 2)}
 
 
-def test_rows_below_only_where_there_is_something():
+def test_extra_rows_only_if_needed():
     assert labels(plot.slot_mapping([0], 2, 1).yaxis) == ["block 0"]
     assert labels(plot.slot_mapping([], 2, 1).yaxis) == []
 
@@ -142,13 +142,15 @@ def test_draws_where_it_is_told(draw):
     assert pyplot.get_fignums() == [1]
 
 
-def test_padding_in_tables_is_no_block():
+def test_padding_in_tables_is_ignored():
     tables = {"A": np.array([3, 1, -1]), "B": np.array([3, -1, -1])}
     ax = plot.pool(tables, 4)
     assert ax.get_title() == "2 of 4 blocks in use"
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
         plot.pool(tables, 4, columns=0)
-    with pytest.raises(ValueError, match="blocks below num_blocks, 3, got 3 of A"):
+    with pytest.raises(
+        ValueError, match="blocks below num_blocks, 3, got block 3 in the table of A"
+    ):
         plot.pool(tables, 3)
 
 
@@ -157,7 +159,7 @@ def test_a_block_twice_in_one_table_is_not_shared():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "B", "free"]
 
 
-def test_two_tokens_of_one_slot_are_both_drawn():
+def test_two_tokens_with_one_slot_are_both_drawn():
     ax = plot.slot_mapping([1, 0, 1], 2, 1)
     assert [text.get_text() for text in ax.texts] == ["t1", "t0 t2"]
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):

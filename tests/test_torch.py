@@ -15,7 +15,7 @@ import pagedcache as pc
 
 torch = pytest.importorskip("torch")
 
-# Of torch's own, when it forgets what it compiled.
+# PyTorch raises these itself when it discards compiled code.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -62,7 +62,7 @@ def test_where_nothing_is_recorded(op, mode):
 def test_opcheck(op, dtype, slots):
     case = simple_case(dtype=dtype, slots=slots)
     for name in ("k", "v", "k_cache", "v_cache"):
-        case.views[name][...] = 1  # it compares, and NaN is not equal to itself
+        case.views[name][...] = 1  # opcheck compares, and NaN is not equal to itself
     passed = torch.library.opcheck(op, tuple(tensors(case)))
     assert set(passed.values()) == {"SUCCESS"}
     assert len(passed) >= 4
@@ -87,7 +87,7 @@ def test_compiles_whole(op, backend):
     same(case, wanted)
 
 
-def test_autograd_notices_what_was_written_over(op):
+def test_autograd_notices_an_overwritten_cache(op):
     case = simple_case(dtype="float32")
     k_cache, v_cache, k, v, slots = tensors(case)
     versions = k_cache._version, v_cache._version
@@ -128,7 +128,7 @@ def test_a_nested_tensor_is_refused():
     five, wanted = tensors(case), expected(case)
     nested = torch.nested.nested_tensor([torch.ones(1, 8)])
     with pc.Descriptor.create(*five) as descriptor:
-        for _ in range(2):  # recognised, the second time
+        for _ in range(2):  # matched, the second time
             for call in (descriptor.calculate, pc.paged_caching):
                 call(*five)
                 for position in range(5):
@@ -168,7 +168,7 @@ def test_is_imported_only_when_asked_for():
 
 
 def write_ways(tensors):
-    """Return every way to write these tensors, each used twice: checked in full, and recognised."""
+    """Return every way to write these tensors, each used twice: with a full check, and matched."""
     descriptor = pc.Descriptor.create(*tensors)
     return [
         descriptor.calculate, descriptor.calculate, pc.paged_caching, pc.paged_caching,
@@ -178,7 +178,7 @@ def write_ways(tensors):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_all_writes_tell_autograd(private, monkeypatch):
-    """A gradient that needs what was written over is refused, not computed from it."""
+    """A gradient that needs the overwritten values is refused, not computed from the new ones."""
     if not private:
         monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
     case = simple_case(dtype="float32")

@@ -9,5 +9,5 @@ library has been imported.
 - `numpy`, `cupy`, `torch`, `jax`: arrays that are known by their type
 - `dlpack`, `interfaces`: arrays that are known by the protocol that they export
 - `find`: from an array to its library
-- `matching`: a function that recognises arrays which have been checked before
+- `matching`: matchers, which compare arrays with some that have been checked
 """

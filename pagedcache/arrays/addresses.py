@@ -15,9 +15,9 @@ BITS = 63  # of an address
 
 
 class Addresses(Library):
-    """Ints that are addresses of data which looks as expected."""
+    """Ints that are addresses of data which matches what is expected."""
 
-    recognised = True
+    has_matchers = True
 
     def conditions(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pagedcache.arrays.library import Library, long_enough
-from pagedcache.arrays.numpy import looks, shape_is
+from pagedcache.arrays.numpy import shape_is, signature_is
 from pagedcache.tensors import Expected, Tensor
 
 CONTIGUOUS = "_c_contiguous"
@@ -23,7 +23,7 @@ class Cupy(Library):
     cupy : module
     """
 
-    recognised = True
+    has_matchers = True
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
@@ -41,7 +41,7 @@ class Cupy(Library):
         counted_by: str,
         constants: dict[str, Any],
     ) -> list[str]:
-        """Return expressions that are true of arrays that look as expected."""
+        """Return expressions that are true of arrays that match what is expected."""
         several = self._cupy.cuda.runtime.getDeviceCount() > 1
         found = []
         for one, array in zip(expected, arrays, strict=True):
@@ -56,7 +56,7 @@ class Cupy(Library):
                     shape_is(one, constants),
                 ]
             else:
-                found += looks(one, array, constants)
+                found += signature_is(one, array, constants)
             found += long_enough(one, counted_by)
             if several:
                 found.append(f"{name}.data.device_id == {array.data.device_id}")

@@ -121,7 +121,7 @@ def _find(subject: str, array: object) -> Library:
         )
         raise BadParamTypeError(subject, rule, type_name(array))
     if type(array) is not exact:
-        return library  # of a subclass, which is not recognised: its attributes may differ
+        return library  # of a subclass, which has no matchers: its attributes may differ
     return libraries.setdefault(exact, library)
 
 

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class Library:
-    """How the arrays of one library are read, written safely, and recognised.
+    """How the arrays of one library are read, written safely, and matched.
 
     Attributes
     ----------
-    recognised : bool
-        Whether `conditions`, `address` and `rows` serve for arrays of this library. Then a
-        descriptor recognises such arrays in a fraction of the time that `read` takes.
+    has_matchers : bool
+        Whether `conditions`, `address` and `rows` are implemented. Matching arrays takes a fraction
+        of the time that `read` takes.
     """
 
-    recognised = False
+    has_matchers = False
 
     def read(self, subject: str, array: Any) -> Tensor:
         """Return address, dtype, shape, strides and device of an array, without a copy."""
@@ -49,7 +49,7 @@ class Library:
         return None
 
     # What follows is Python source for `pagedcache.arrays.matching`. In all of it, `expected` says
-    # what an array must look like, and its name is the variable that holds the array. `constants`
+    # what an array must be like, and its name is the variable that holds the array. `constants`
     # gets a value for each other name that is used.
 
     def conditions(
@@ -59,7 +59,7 @@ class Library:
         counted_by: str,
         constants: dict[str, Any],
     ) -> list[str]:
-        """Return expressions that are true of arrays that look as expected.
+        """Return expressions that are true of arrays that match what is expected.
 
         `arrays` are some that do, for what a library would rather copy from them. The variable
         ``count`` has the length of the array named `counted_by`; a free first axis of any other

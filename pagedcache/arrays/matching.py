@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls with arrays that look like some that have been checked, whatever their number of rows.
+"""Matchers: calls for arrays like those that were checked, with any number of rows.
 
-To check five arrays in full takes tens of microseconds, a write takes six. So the first arrays of
-each library are checked in full, and later ones are compared with them. The comparison is a
-function made for these arrays, as `dataclasses` makes an ``__init__``: its source names each
-attribute that is compared, and has no loop and no call that it can do without. For five CuPy
-arrays, the source of the one for a write begins::
+Checking five arrays in full takes tens of microseconds, and a write takes six. So the first arrays
+of each library are checked in full, and later ones are compared with them by a matcher: a function
+that is generated for these arrays, as `dataclasses` generates an ``__init__``. Its source names
+each attribute that is compared, without a loop or a call that it could do without. For a write of
+five CuPy arrays, it begins::
 
     if not (k_cache._c_contiguous and k_cache.dtype == k_cache_dtype and ...
             and (count := len(slot_mapping)) > 0 and len(k) >= count and len(v) >= count):
@@ -26,8 +26,8 @@ from pagedcache.tensors import Expected, span
 if TYPE_CHECKING:
     from pagedcache.arrays.library import Library
 
-Call = Callable[..., bool]
-"""Takes arrays and a stream. Makes the call if it recognises the arrays; returns whether it did."""
+Matcher = Callable[..., bool]
+"""Takes arrays and a stream. Makes the call if the arrays match, and returns whether they did."""
 
 Apart = dict[tuple[int, int], set[int]]
 """For pairs of arrays that are written, distances in bytes at which they share no memory.
@@ -36,7 +36,7 @@ Whether they do depends on the distance alone, unless the number of rows does.
 """
 
 
-def recognised_call(
+def make_matcher(
     expected: Sequence[Expected],
     arrays: Sequence[Any],
     counted_by: str,
@@ -46,15 +46,15 @@ def recognised_call(
     handle_of: Callable[[Any], int],
     *,
     check_alignment: bool,
-) -> Call | None:
-    """Return a function that makes a call if it recognises its arrays.
+) -> Matcher | None:
+    """Return a function that makes a call if its arrays match the given ones.
 
     Parameters
     ----------
     expected : sequence of Expected
-        What each array must look like.
+        What each array must be like.
     arrays : sequence of array or int
-        Arrays that do.
+        Arrays that are.
     counted_by : str
         The name of the array whose first axis has the number of rows. Others whose first axis is
         free may be longer.
@@ -67,17 +67,17 @@ def recognised_call(
     handle_of : callable
         Returns the handle of a stream that is neither ``None`` nor an int.
     check_alignment : bool
-        Whether to recognise addresses that are multiples of their item size only.
+        Whether an address matches only if it is a multiple of the item size.
 
     Returns
     -------
     callable or None
-        ``None`` if an array is of a library whose arrays are not recognised.
+        ``None`` if an array is of a library that has no matchers.
     """
     groups: dict[int, tuple[Library, list[int]]] = {}
     for index, array in enumerate(arrays):
         library = ADDRESSES if type(array) is int else libraries.get(type(array))
-        if library is None or not library.recognised:
+        if library is None or not library.has_matchers:
             return None
         groups.setdefault(id(library), (library, []))[1].append(index)
     constants: dict[str, Any] = {
@@ -108,7 +108,7 @@ def recognised_call(
         if pair[0].written and pair[1].written:
             lines += _overlap_check(*pair, apart.setdefault((first, second), set()), constants)
     factory = _factory(tuple(names), tuple(constants), (*lines, *statements))
-    made: Call = factory(**constants)
+    made: Matcher = factory(**constants)
     return made
 
 
@@ -148,12 +148,12 @@ def _overlap_check(
 @functools.lru_cache
 def _factory(
     names: tuple[str, ...], constants: tuple[str, ...], lines: tuple[str, ...]
-) -> Callable[..., Call]:
-    """Return a function from the constants to the call that these lines check."""
+) -> Callable[..., Matcher]:
+    """Return a function from the constants to the matcher with these lines."""
     checks = "\n".join(f"            {line}" for line in lines)
     source = f"""
 def make({", ".join(constants)}):
-    def call({", ".join(names)}, stream):
+    def match({", ".join(names)}, stream):
         try:
 {checks}
         except Exception:  # of arrays of another library, which may fail in any way
@@ -164,9 +164,9 @@ def make({", ".join(constants)}):
             stream = handle_of(stream)
         run(count, {", ".join(f"at_{name}" for name in names)}, stream)
         return True
-    return call
+    return match
 """
     scope: dict[str, Any] = {}
-    exec(compile(source, f"<call with {', '.join(names)}>", "exec"), scope)
-    made: Callable[..., Call] = scope["make"]
+    exec(compile(source, f"<matcher of {', '.join(names)}>", "exec"), scope)
+    made: Callable[..., Matcher] = scope["make"]
     return made

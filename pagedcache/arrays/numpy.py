@@ -15,7 +15,7 @@ from pagedcache.tensors import Array, Expected, Tensor
 class Numpy(Library):
     """Arrays of NumPy."""
 
-    recognised = True
+    has_matchers = True
 
     def read(self, subject: str, array: Array) -> Tensor:
         """Return address, dtype, shape, strides and device of an array, without a copy."""
@@ -30,11 +30,11 @@ class Numpy(Library):
         counted_by: str,
         constants: dict[str, Any],
     ) -> list[str]:
-        """Return expressions that are true of arrays that look as expected."""
+        """Return expressions that are true of arrays that match what is expected."""
         constants["ndarray"] = np.ndarray
         found = []
         for one, array in zip(expected, arrays, strict=True):
-            found += [f"type({one.name}) is ndarray", *looks(one, array, constants)]
+            found += [f"type({one.name}) is ndarray", *signature_is(one, array, constants)]
             found += long_enough(one, counted_by)
             if one.written:
                 found.append(f"{one.name}.flags.writeable")
@@ -45,7 +45,7 @@ class Numpy(Library):
         return f"{name}.ctypes.data"
 
 
-def looks(one: Expected, array: Any, constants: dict[str, Any]) -> list[str]:
+def signature_is(one: Expected, array: Any, constants: dict[str, Any]) -> list[str]:
     """Return conditions on dtype, shape and strides, by the attributes that NumPy and CuPy have."""
     name = one.name
     constants[f"{name}_dtype"] = one.dtype

@@ -32,7 +32,7 @@ class Torch(Library):
     torch : module
     """
 
-    recognised = True
+    has_matchers = True
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -101,7 +101,7 @@ class Torch(Library):
         counted_by: str,
         constants: dict[str, Any],
     ) -> list[str]:
-        """Return expressions that are true of tensors that look as expected."""
+        """Return expressions that are true of tensors that match what is expected."""
         names = [one.name for one in expected]
         # `check` below ends the process if it meets a nested tensor (seen with PyTorch 2.13).
         nested = " or ".join(f"{name}.is_nested" for name in names)
@@ -120,9 +120,15 @@ class Torch(Library):
             constants["guards"] = guards = _Guards(self._torch, expected, arrays, steps, longer)
         except (AttributeError, TypeError):  # of some other version
             return found + self._public_conditions(expected, arrays, steps, longer, constants)
-        constants["look_closer"], constants["never"] = guards.look_closer, lambda *_: False
+        constants["match_any_length"], constants["never"] = (
+            guards.match_any_length,
+            lambda *_: False,
+        )
         tensors = ", ".join(names)
-        return [*found, f"(guards.get(count, never)({tensors}) or look_closer(count, {tensors}))"]
+        return [
+            *found,
+            f"(guards.get(count, never)({tensors}) or match_any_length(count, {tensors}))",
+        ]
 
     def _public_conditions(
         self,
@@ -180,9 +186,9 @@ class Torch(Library):
 
 
 class _Guards(dict[int, Callable[..., bool]]):
-    """By numbers of rows, whether tensors look as expected and have exactly so many.
+    """By numbers of rows, whether tensors match what is expected and have exactly so many.
 
-    Guards are what ``torch.compile`` recognises its inputs by: one call for all tensors, which also
+    Guards are what ``torch.compile`` matches its inputs with: one call for all tensors, which also
     compares their devices, and whether they require grad. A guard of exact lengths saves reading
     each of them, so there is one for each number of rows that was seen.
     """
@@ -208,8 +214,8 @@ class _Guards(dict[int, Callable[..., bool]]):
 
         self._guard, self._of_any_length, self._longer = guard, guard(arrays, shapes), longer
 
-    def look_closer(self, count: int, *tensors: Any) -> bool:
-        """Return whether tensors look as expected, and remember their lengths if they do."""
+    def match_any_length(self, count: int, *tensors: Any) -> bool:
+        """Return whether tensors match what is expected, and remember their lengths if they do."""
         if not self._of_any_length(*tensors):
             return False
         shapes = [tensor.shape for tensor in tensors]

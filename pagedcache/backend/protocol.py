@@ -36,7 +36,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """What is known of invalid indices, such as slots outside a cache.
+    """What is known about invalid indices, such as slots outside a cache.
 
     Attributes
     ----------
@@ -51,13 +51,13 @@ class Invalid:
     value: int
 
     def joined(self, later: Invalid) -> Invalid:
-        """Return what is known of both."""
+        """Return what both say together."""
         first = self if self.row <= later.row else later
         return Invalid(self.count + later.count, first.row, first.value)
 
 
 class Report(Protocol):
-    """Where an implementation writes down invalid indices. Threads may share one.
+    """Where an implementation records invalid indices. Threads may share one.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class Report(Protocol):
     streams: dict[int, Any]
 
     def take(self) -> Invalid | None:
-        """Wait for these streams; return and forget what was written down.
+        """Wait for these streams; return what was recorded, and clear it.
 
         Raises
         ------
@@ -87,20 +87,20 @@ class Device(Protocol):
     kind : str
         The device type, as it is registered: ``"cpu"``, ``"cuda"``.
     name : str
-        As arrays on it are named: ``"cpu"``, ``"cuda:0"``.
+        The device of arrays on it: ``"cpu"``, ``"cuda:0"``.
     """
 
     kind: str
     name: str
 
     def describe(self) -> str:
-        """Return one line that tells a person what this device is."""
+        """Return a one-line description of the device, for people."""
 
     def limits_table(self) -> list[tuple[str, str]]:
-        """Return what the device says about itself, as the rows of a table."""
+        """Return the limits that the device reports, as the rows of a table."""
 
     def current_stream(self) -> int:
-        """Return the handle of the stream to use if the caller names none."""
+        """Return the handle of the stream to use if the caller gives none."""
 
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream.
@@ -129,7 +129,7 @@ class Device(Protocol):
     def operator(self, name: str) -> Callable[[Any, Device, Report], Implementation]:
         """Return the device's own implementation of an operator.
 
-        Asked only if the operator brings none for this type of device.
+        Called only if the operator itself has none for this type of device.
 
         Raises
         ------
@@ -152,7 +152,7 @@ Self = TypeVar("Self", bound="Implementation")
 
 
 class Implementation:
-    """An operator on a device, for one info. Any number of threads may use one at a time.
+    """An operator on a device, for one info. Any number of threads may share one.
 
     Parameters
     ----------
@@ -170,8 +170,8 @@ class Implementation:
     run : callable
         Queues a call with one or more rows on a stream. Takes the number of rows, the address of
         each tensor in the order of the operator's rules, the handle of the stream and, if
-        `workspace_size` is not 0, the address of the workspace. What is behind the addresses is as
-        the info describes it.
+        `workspace_size` is not 0, the address of the workspace. The data at the addresses is as the
+        info describes it.
     """
 
     workspace_size = 0
@@ -190,7 +190,7 @@ class Implementation:
         return functools.partial(self.run, rows, *addresses)
 
     def reporting_to(self: Self, report: Any) -> Self:
-        """Return the same with another report."""
+        """Return a copy that uses another report."""
         other = copy.copy(self)
         other._report = report  # type: ignore[attr-defined]
         return other

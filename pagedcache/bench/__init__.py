@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pagedcache bench``: this write beside a memcpy and the peers installed here."""
+"""``python -m pagedcache bench``: this write against a memcpy and the installed peers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CPU_TOKENS = (64, 1024, 4096, 16384)
 MEMCPY = "memcpy"
 GPU_SLOTS = 262_144
 PICTURES = (".png", ".svg", ".pdf")
-IN_A_ROW = 10  # writes of one hot set
+IN_A_ROW = 10  # consecutive writes of one hot set
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the bench's options. Each axis takes several values, and all pairs are measured."""
+    """Add the benchmark's options. Axes take several values; all combinations are measured."""
     axis = {field.name: field for field in dataclasses.fields(Axes)}
 
     def add(name: str, kind: Any, **more: Any) -> None:
@@ -43,25 +43,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         more["help"] = f"{more.get('help', '')} (default: {default[0]})".strip()
         parser.add_argument(flag, type=kind, nargs="+", default=default, **more)
 
-    sizes = f"(default: {TOKENS[0]} to {TOKENS[-1]}; on a CPU, {CPU_TOKENS[0]} to {CPU_TOKENS[-1]})"
-    capacity = f"of the caches (default: {GPU_SLOTS}; on a CPU, four times the tokens)"
-    parser.add_argument("--tokens", type=_positive, nargs="+", help=sizes)
-    for name in ("heads", "head_size", "block_size"):
-        add(name, _positive, metavar="N")
-    parser.add_argument("--v-head-size", type=_positive, help="default: that of K")
-    add("dtype", str, choices=("float16", "bfloat16", "float32"))
-    add("layout", str, choices=("HND", "NHD"))
-    add("slots", str, choices=SLOT_ORDERS, help="where tokens go")
-    add("source", str, choices=SOURCES, help="what K and V are slices of")
-    add("inputs", str, choices=INPUTS, help="found in the L2 cache or not")
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
-    parser.add_argument("--num-slots", type=_positive, help=capacity)
-    parser.add_argument("--only-gpu-time", action="store_true", help="no host time, no first call")
-    parser.add_argument("--only-host-time", action="store_true", help="no GPU time, no first call")
-    parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write all numbers there")
+    sizes = (
+        f"tokens per write (default: {TOKENS[0]} to {TOKENS[-1]}; on the CPU, {CPU_TOKENS[0]} to "
+        f"{CPU_TOKENS[-1]})"
+    )
+    capacity = f"slots per cache (default: {GPU_SLOTS}; on the CPU, four times the tokens)"
+    sources = "whether K and V are arrays of their own or slices of a fused QKV projection"
+    parser.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help=sizes)
+    add("heads", _positive, metavar="N", help="number of KV heads")
+    add("head_size", _positive, metavar="N", help="head size of K")
+    add("block_size", _positive, metavar="N", help="slots per block")
     parser.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw rate against tokens there"
+        "--v-head-size", type=_positive, metavar="N", help="head size of V (default: that of K)"
+    )
+    add("dtype", str, choices=("float16", "bfloat16", "float32"), help="dtype of K, V and caches")
+    add("layout", str, choices=("HND", "NHD"), help="layout of the caches")
+    add("slots", str, choices=SLOT_ORDERS, help="how tokens are spread over the slots")
+    add("source", str, choices=SOURCES, help=sources)
+    add("inputs", str, choices=INPUTS, help="whether inputs are in the L2 cache (hot) or not")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
+    parser.add_argument("--num-slots", type=_positive, metavar="N", help=capacity)
+    parser.add_argument(
+        "--only-gpu-time", action="store_true", help="skip host time and first call"
+    )
+    parser.add_argument(
+        "--only-host-time", action="store_true", help="skip GPU time and first call"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="skip the peers")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write all results to FILE")
+    parser.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="plot the rate against tokens to FILE"
     )
 
 
@@ -71,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0; 2 if the arguments cannot be served.
+        0, or 2 if the arguments cannot be used.
     """
     try:
         handle = pc.Handle(arguments.device)
@@ -98,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         missing = {name: why for row in rows for name, why in row.pop("missing", {}).items()}
         _print_table(rows)
         for name, why in missing.items():
-            print(f"  without {name}: {why}")
+            print(f"  {name} is not measured: {why}")
         results["gpu"].append({"axes": dataclasses.asdict(axes), "rows": rows})
     if on_gpu and not arguments.only_gpu_time:
         results["host"], missing = host_times(with_peers=not arguments.no_peers)
@@ -106,8 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     if on_gpu and not arguments.only_gpu_time and not arguments.only_host_time:
         cold, warm = first_call_seconds()
         results["first_call"] = {"empty cache": cold, "from disk": warm}
-        print("\nFirst completed write after create, CUDA context up")
-        print(f"  empty compile cache {cold:.3f} s, from the disk cache {warm:.3f} s")
+        print("\nFirst completed write, timed from create on, with a CUDA context")
+        print(f"  {cold:.3f} s with an empty compile cache, {warm:.3f} s from the cache on disk")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.plot and results["gpu"]:
@@ -124,7 +135,7 @@ def _axes(arguments: argparse.Namespace, tokens: int) -> Iterator[Axes]:
 
 
 def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the microseconds of every competitor for one case."""
+    """Return the time of every competitor for one case, in microseconds."""
     import cupy
 
     device = cupy.cuda.Device()
@@ -139,7 +150,7 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     def copy(i: int) -> None:
         k, v, _ = case.sets[i]
         for cache, rows in ((case.k_cache, k), (case.v_cache, v)):
-            # To all of the cache in turn, as a write does, and not to a place that stays in L2.
+            # Over the whole cache in turn, as a write does, not to a place that stays in L2.
             place = cache.data.ptr + i * rows.nbytes % (cache.nbytes - rows.nbytes + 1) // 256 * 256
             cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, rows.nbytes, 3, stream.ptr)
 
@@ -156,7 +167,7 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
             if name not in peers.OWN_CACHE and not case.is_written(0):
                 raise peers.UnavailableError("its result is wrong")
             graphs[name] = Graph(write, len(case.sets), stream, guess, in_a_row)
-        except Exception as error:  # whatever a peer refuses a case with
+        except Exception as error:  # a peer may refuse a case with any error
             if name == peers.OURS:
                 raise
             missing[name] = peers.why(error)
@@ -168,18 +179,18 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the microseconds of the cpu backend and of NumPy's copy."""
+    """Return the time of the cpu backend and of NumPy's copy, in microseconds."""
     case = Case(axes, np, arguments.num_slots or 4 * axes.tokens, 1 << 26)
     write = peers.pagedcache(case)
     write(0)
     if not case.is_written(0):
-        raise AssertionError("the cpu backend wrote something else")
+        raise AssertionError("the cpu backend wrote wrong bytes")
     flat = [cache.reshape(-1) for cache in (case.k_cache, case.v_cache)]
     sets = [[np.ascontiguousarray(rows).reshape(-1) for rows in each[:2]] for each in case.sets]
 
     def copy(i: int) -> None:
         for target, rows in zip(flat, sets[i], strict=True):
-            # To all of the cache in turn, as the write does, and not to a place that stays warm.
+            # Over the whole cache in turn, as a write does, not to a place that stays in a cache.
             start = i * rows.size % (target.size - rows.size + 1)
             np.copyto(target[start : start + rows.size], rows)
 
@@ -213,7 +224,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print(line)
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        print(f"  geometric mean of the time over that of the best peer: {mean:.3f}")
+        print(f"  geometric mean, as a multiple of the best peer's time: {mean:.3f}")
 
 
 def _machine(handle: pc.Handle) -> dict[str, str]:
@@ -234,13 +245,13 @@ def _machine(handle: pc.Handle) -> dict[str, str]:
 
 
 def _plot(results: dict[str, Any], file: Path) -> None:
-    """Draw rate against tokens, one line a competitor, the memcpy as the ceiling."""
+    """Plot the rate against tokens, one line per competitor, with the memcpy as the ceiling."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    # Red is ours alone.
+    # Red is reserved for this package.
     colours = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "gray")]
     figure, panels = pyplot.subplots(
         1, len(results["gpu"]), figsize=(7 * len(results["gpu"]), 4.6), squeeze=False
@@ -284,16 +295,18 @@ def _progress(total: int) -> Iterator[Any]:
 def _file(text: str) -> Path:
     file = Path(text)
     if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{file.parent} is not a folder")
+        raise argparse.ArgumentTypeError(
+            f"must be in an existing folder, but {file.parent} is not a folder"
+        )
     if file.is_dir():
-        raise argparse.ArgumentTypeError(f"{file} is a folder")
+        raise argparse.ArgumentTypeError(f"must be a file, but {file} is a folder")
     return file
 
 
 def _picture(text: str) -> Path:
     file = _file(text)
     if file.suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, got {text}")
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(PICTURES)}, got {text}")
     return file
 
 
@@ -302,3 +315,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+_positive.__name__ = "int"  # the name in argparse's errors

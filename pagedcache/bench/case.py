@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One measured write: its axes, its arrays on the device, and what is to be written where."""
+"""One measured write: its axes, its arrays, and the check of what it wrote."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Axes:
     dtype : {"float16", "bfloat16", "float32"}
     layout : {"HND", "NHD"}
     slots : {"blocks", "random", "sequential"}
-        ``blocks``: random blocks, each filled in order, as a prefill does. ``random``: every token
-        somewhere else, as a decode step of many sequences does. ``sequential``: in order.
+        ``blocks``: random blocks, each filled in order, as in a prefill. ``random``: a random slot
+        for each token, as in a decode step of many sequences. ``sequential``: slots in order.
     source : {"plain", "qkv"}
         ``qkv``: K and V are slices of one fused projection with four query heads for each KV head.
     inputs : {"cold", "hot"}
-        ``cold``: so many sets in turn that none is found in a cache. ``hot``: a few sets, each
-        several times in a row, as if the kernel that made K and V had just run.
+        ``cold``: so many sets in turn that none is still in a hardware cache. ``hot``: a few sets,
+        each several times in a row, as if the kernel that computed K and V had just run.
     """
 
     tokens: int
@@ -56,7 +56,7 @@ class Axes:
         return self.tokens * self.heads * (self.head_size + self.v_head_size) * size
 
     def describe(self) -> str:
-        """Return all axes but the tokens, in words."""
+        """Return all axes except the tokens, in words."""
         v = "" if self.v_head_size == self.head_size else f" (V {self.v_head_size})"
         source = "" if self.source == "plain" else ", sliced from fused QKV"
         return (
@@ -66,7 +66,7 @@ class Axes:
 
 
 class Case:
-    """The arrays of `Axes`: two caches, and sets of inputs.
+    """The arrays for some `Axes`: two caches, and sets of inputs.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ class Case:
     num_slots : int
         Capacity of each cache, rounded up to whole blocks.
     rotate_bytes : int
-        What cold sets of inputs must hold together, so that none is found in a cache.
+        Least total size of cold sets of inputs, so that none is still in a hardware cache.
     """
 
     def __init__(self, axes: Axes, xp: Any, num_slots: int, rotate_bytes: int) -> None:
@@ -88,7 +88,7 @@ class Case:
         middle = (axes.heads, axes.block_size)
         if axes.layout == "NHD":
             middle = (axes.block_size, axes.heads)
-        # Not zeros, which a host has no memory for until they are written.
+        # Not zeros, for which a host allocates no memory until they are written.
         self.k_cache, self.v_cache = (
             xp.ones((blocks, *middle, size), f"u{self.dtype.itemsize}").view(self.dtype)
             for size in (axes.head_size, axes.v_head_size)
@@ -100,7 +100,7 @@ class Case:
         self.sets = [self._inputs(rng) for _ in range(count)]
 
     def shortened(self, counts: Sequence[int]) -> Case:
-        """Return the same caches with sets of fewer tokens: as many as each of `counts`."""
+        """Return the same case with shorter sets, one for each number of tokens in `counts`."""
         other = copy.copy(self)
         taken = (self.sets[i % len(self.sets)] for i in range(len(counts)))
         other.sets = [
@@ -127,8 +127,8 @@ class Case:
         return k.view(self.dtype), v.view(self.dtype), xp.asarray(self._slots(rng))
 
     def _random(self, shape: tuple[int, ...], bits: str, rng: np.random.Generator) -> Any:
-        # Data without a pattern: zeros are copied faster than real data. Made by a hash where the
-        # arrays are, since CuPy's generator needs cuRAND, which nothing else here does.
+        # Data without a pattern, since zeros are copied faster than real data. A hash makes it
+        # where the arrays are: CuPy's generators need cuRAND, which nothing else here does.
         first = int(rng.integers(2**32))
         index = self.xp.arange(first, first + math.prod(shape), dtype=np.uint64)
         return (index * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(16)).astype(bits).reshape(shape)
@@ -143,7 +143,7 @@ class Case:
         return (blocks[:, None] * block_size + np.arange(block_size)).ravel()[:tokens]
 
     def clear(self) -> None:
-        """Wipe both caches, so that what is found there was written later."""
+        """Set both caches to zero, so that what is found there was written afterwards."""
         for cache in (self.k_cache, self.v_cache):
             cache.view(f"u{self.dtype.itemsize}")[...] = 0
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host time of one call, in the cases that an engine outside of a CUDA graph meets.
+"""Host time of one call, in the cases that an engine meets outside of a CUDA graph.
 
-The number of tokens is the same at each call, or one of two in turn, or each from 1 to 64; or the
-number stays and the cache changes, between four of two shapes, as in a model of several kinds of
-layers.
+The number of tokens is fixed, alternates between two, or goes from 1 to 64; or it is fixed and the
+calls go through four caches of two shapes, as in a model with several kinds of layers.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Times = dict[str, dict[str, float]]
 
 
 def host_times(*, with_peers: bool) -> tuple[Times, dict[str, str]]:
-    """Return the microseconds of each call in each case, and why peers are missing."""
+    """Return the microseconds of each call in each case, and why a peer is not measured."""
     import cupy
 
     drain = cupy.cuda.Device().synchronize
@@ -52,7 +51,7 @@ def host_times(*, with_peers: bool) -> tuple[Times, dict[str, str]]:
         if reason:
             missing[name] = reason
     rounds = [
-        # In short turns, so that a drifting clock affects all of them.
+        # Short rounds, so that clock drift affects all calls alike.
         {key: host_microseconds(call, sets, drain) for key, (call, sets) in calls.items()}
         for _ in range(ROUNDS)
     ]
@@ -64,20 +63,20 @@ def host_times(*, with_peers: bool) -> tuple[Times, dict[str, str]]:
 
 
 def print_host_times(times: Times, missing: dict[str, str]) -> None:
-    """Print a table: microseconds, and multiples of the best peer's time with a fixed number."""
+    """Print microseconds, and multiples of the best peer's time with a fixed number of tokens."""
     columns = (*COUNTS, CACHES)
     rivals = [row[FIXED] for name, row in times.items() if name in peers.PEERS]
     best = min(rivals, default=math.nan)
-    print(f"\nHost time of one call, us ({TOKENS} tokens unless another number is given)")
+    print(f"\nHost time of one call, us ({TOKENS} tokens unless the column says otherwise)")
     print(f"  {'':<23}" + "".join(f"{column:>14}" for column in columns))
     for name, row in times.items():
         print(f"  {name:<23}" + "".join(f"{row[column]:>14.2f}" for column in columns))
     if rivals:
-        print(f"  over the best peer's {best:.2f} us with a fixed number")
+        print(f"  as multiples of the best peer's {best:.2f} us with a fixed number of tokens")
         for name, row in times.items():
             print(f"  {name:<23}" + "".join(f"{row[column] / best:>14.2f}" for column in columns))
     for name, reason in missing.items():
-        print(f"  without {name}: {reason}")
+        print(f"  {name} is not measured: {reason}")
 
 
 def _prepared(
@@ -87,7 +86,7 @@ def _prepared(
     several: list[Case],
     drain: Callable[[], Any],
 ) -> tuple[dict[tuple[str, str], tuple[Call, int]], str]:
-    """Return a competitor's calls, each made once, or why it has none."""
+    """Return a competitor's calls, each made once already, or why it has none."""
     calls: dict[tuple[str, str], tuple[Call, int]] = {}
     try:
         for column, counts in COUNTS.items():
@@ -155,5 +154,5 @@ def _ours() -> dict[str, Prepare]:
 
 def _peers() -> dict[str, Prepare]:
     with contextlib.suppress(ImportError):
-        import torch  # noqa: F401 - before a peer does, so that the first one is not slower
+        import torch  # noqa: F401 - before any peer imports it, so that the first is not slower
     return {name: prepare for name, prepare in peers.PEERS.items() if name != peers.OURS}

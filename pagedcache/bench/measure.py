@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How things are timed.
+"""How times are measured.
 
-GPU time: all sets of inputs in turn, captured in one CUDA graph, which is replayed and timed with
-events, so that nothing of the host is in it. The median over replays, in rounds in which every
-competitor has its turn, so that a drifting clock affects all of them.
+GPU time: writes of all sets of inputs in turn are captured in one CUDA graph, which is replayed and
+timed with events, so that it includes no host time. The result is the median over replays, in
+rounds in which every competitor takes its turn, so that clock drift affects all of them alike.
 
-Host time: the mean of many calls that are queued back to back; the median over repeats, with the
-queue drained between them.
+Host time: the mean over many calls that are queued back to back; the result is the median over
+rounds, with the queue drained in between.
 
-First call: in a fresh process with a CUDA context, from ``Descriptor.create`` to the end of the
-first write.
+First call: in a new process with a CUDA context, from ``Descriptor.create`` to the end of the first
+write.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from typing import Any
 
 Write = Callable[[int], Any]
 
-GRAPH_MICROSECONDS = 400  # about what a graph should take, so that events measure it well
+GRAPH_MICROSECONDS = 400  # target time of a graph, long enough for events
 ROUNDS = 5
 REPLAYS = 6
 
 
 class Graph:
-    """Writes of all sets in turn, captured; `time` replays them.
+    """A captured graph of writes of all sets in turn; `time` replays it.
 
     Parameters
     ----------
     write : callable
-        Writes set ``i``.
+        Called with ``i``, writes set ``i``.
     sets : int
+        The number of sets.
     stream : cupy.cuda.Stream
         Not the default one.
     guess : float
-        About how many microseconds one write will take.
+        About how many microseconds one write takes.
     in_a_row : int
-        How often a set is written before the next.
+        How many times each set is written before the next.
     """
 
     def __init__(
         self, write: Write, sets: int, stream: Any, guess: float, in_a_row: int = 1
     ) -> None:
         self.stream = stream
-        self._write = write  # what it holds must outlive the graph
+        self._write = write  # its arrays must outlive the graph
         turns = max(1, round(GRAPH_MICROSECONDS / guess / sets / in_a_row))
         self.writes = turns * sets * in_a_row
         with _current(stream):
@@ -69,7 +70,7 @@ class Graph:
         self.times: list[float] = []
 
     def time(self) -> None:
-        """Replay a few times; keep the microseconds of one write."""
+        """Replay a few times, and record the microseconds per write."""
         import cupy
 
         pairs = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(REPLAYS)]
@@ -85,13 +86,13 @@ class Graph:
 
     @property
     def median(self) -> float:
-        """Microseconds of one write."""
+        """The median of the microseconds per write."""
         return statistics.median(self.times)
 
 
 @contextlib.contextmanager
 def _current(stream: Any) -> Iterator[None]:
-    """Make a stream current for CuPy and, if it is loaded, for PyTorch."""
+    """Make a stream current in CuPy and, if it is imported, in PyTorch."""
     torch = sys.modules.get("torch")
     with contextlib.ExitStack() as stack:
         stack.enter_context(stream)
@@ -102,7 +103,7 @@ def _current(stream: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _capture(stream: Any) -> Iterator[list[Callable[[], None]]]:
-    """Capture what is queued; a list receives the function that replays it."""
+    """Capture what is queued; the list then has the function that replays it."""
     launch: list[Callable[[], None]] = []
     torch = sys.modules.get("torch")
     if torch is None:
@@ -111,7 +112,7 @@ def _capture(stream: Any) -> Iterator[list[Callable[[], None]]]:
         graph = stream.end_capture()
         launch.append(lambda: graph.launch(stream))
     else:
-        # PyTorch's own capture, since its operators may allocate.
+        # With PyTorch's own capture, since its operators may allocate.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.ExternalStream(stream.ptr)):
             yield launch
@@ -127,7 +128,7 @@ def _capture(stream: Any) -> Iterator[list[Callable[[], None]]]:
 def host_microseconds(
     call: Callable[[int], Any], sets: int, drain: Callable[[], Any], calls: int = 300
 ) -> float:
-    """Return the microseconds that `call` keeps the host, with each of so many sets in turn."""
+    """Return the host time of one call in microseconds, over `sets` sets in turn."""
     turns = [i % sets for i in range(calls)]
     drain()
     began = time.perf_counter()
@@ -155,7 +156,7 @@ print(time.perf_counter() - began)
 
 
 def first_call_seconds(repeats: int = 3) -> tuple[float, float]:
-    """Return the seconds to a first completed write, with an empty compile cache and from disk."""
+    """Return the seconds to the first completed write, compiled and from the cache on disk."""
     cold: list[float] = []
     warm: list[float] = []
     for _ in range(repeats):

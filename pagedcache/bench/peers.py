@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that writes a paged cache and can be imported here, behind one interface.
+"""Writes of this package and of its installed peers, behind one interface.
 
-A peer is a function from a `Case` to a function that writes set ``i`` of it. It raises
-`UnavailableError` with one sentence if it cannot: it is not installed, or does not support the
-layout or a size. Peers that know one layout only are given the same bytes in theirs.
+A peer takes a `Case` and returns a function that writes set ``i`` of it. If it is not installed, or
+does not support the layout or a size, it raises `UnavailableError` with a one-sentence reason. A
+peer that supports only one layout gets the same bytes in that layout.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Write = Callable[[int], Any]
 
 
 class UnavailableError(Exception):
-    """The peer cannot take part; the message says why."""
+    """The peer cannot be measured; the message says why."""
 
 
 def why(error: Exception) -> str:
-    """Return in one line why a peer does not take part."""
+    """Return in one line why a peer is not measured."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return (
         lines[0] if isinstance(error, UnavailableError) else f"{type(error).__name__}: {lines[0]}"
@@ -73,7 +73,7 @@ def torch_index_put(case: Case) -> Write:
 
 
 def triton_rows(case: Case) -> Write:
-    """Return a Triton kernel with one program a token, as small engines have it."""
+    """Return a Triton kernel with one program per token, as small engines use."""
     _import("triton")
     from pagedcache.bench.triton_rows import launch
 
@@ -85,7 +85,7 @@ def flashinfer(case: Case) -> Write:
     """Return FlashInfer's ``append_paged_kv_cache``: one request, an identity page table."""
     append = _import("flashinfer.page").append_paged_kv_cache
     if case.axes.head_size not in (64, 128, 256) or case.axes.head_size != case.axes.v_head_size:
-        raise UnavailableError("it has head sizes 64, 128 and 256, the same for K and V")
+        raise UnavailableError("it supports only head sizes 64, 128 and 256, the same for K and V")
     torch = _import("torch")
     caches, sets = in_torch(case, heads_first=case.axes.layout == "HND")
     blocks = caches[0].shape[0]
@@ -107,10 +107,10 @@ def flashinfer(case: Case) -> Write:
 
 
 def sglang(case: Case) -> Write:
-    """Return SGLang's ``store_cache``, which knows flat rows only (NHD)."""
+    """Return SGLang's ``store_cache``, which supports only flat rows (NHD)."""
     store = _import("sglang.jit_kernel.kvcache").store_cache
     if case.axes.source != "plain":
-        raise UnavailableError("it is measured with contiguous rows only")
+        raise UnavailableError("it is measured only with contiguous rows")
     torch = _import("torch")
     _, sets = in_torch(case)
     kind = sets[0][0].dtype
@@ -120,7 +120,7 @@ def sglang(case: Case) -> Write:
     ]
     rows = [(k.reshape(len(k), -1), v.reshape(len(v), -1), slots) for k, v, slots in sets]
     store(*rows[0][:2], *flat, rows[0][2])
-    bits = getattr(torch, f"int{8 * case.dtype.itemsize}")  # as numbers, no NaN equals itself
+    bits = getattr(torch, f"int{8 * case.dtype.itemsize}")  # ints, since NaN != NaN
     *written, where = rows[0]
     found = [cache[where].view(bits) for cache in flat]
     if not all(map(torch.equal, found, [each.view(bits) for each in written])):
@@ -132,7 +132,7 @@ def vllm(case: Case) -> Write:
     """Return vLLM's ``reshape_and_cache_flash``."""
     operator = _import("vllm._custom_ops").reshape_and_cache_flash
     if case.axes.head_size != case.axes.v_head_size:
-        raise UnavailableError("it has one head size for K and V")
+        raise UnavailableError("it supports only one head size for K and V")
     torch = _import("torch")
     caches, sets = in_torch(case)
     one = torch.ones((), dtype=torch.float32, device="cuda")
@@ -149,7 +149,7 @@ PEERS: dict[str, Callable[[Case], Write]] = {
     "torch index_put": torch_index_put,
     "CuPy fancy": cupy_fancy,
 }
-# These keep a cache of their own, in their own layout, and check it themselves.
+# These write to a cache of their own, in their own layout, and check the result themselves.
 OWN_CACHE = ("SGLang",)
 
 
@@ -161,7 +161,10 @@ def _import(name: str) -> Any:
 
 
 def in_torch(case: Case, *, heads_first: bool = False) -> tuple[list[Any], list[Any]]:
-    """Return the caches as ``[blocks, slots, heads, size]`` (or as they are) and the sets."""
+    """Return the caches and the sets as PyTorch tensors.
+
+    Caches become ``[blocks, slots, heads, size]``, or with `heads_first` stay in their layout.
+    """
     torch = _import("torch")
     bits = f"i{case.dtype.itemsize}"
     kind = getattr(torch, case.axes.dtype)

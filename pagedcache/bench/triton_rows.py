@@ -34,7 +34,7 @@ def _rows(  # type: ignore[no-untyped-def] # noqa: ANN202 - Triton reads annotat
 
 
 def launch(k_cache: Any, v_cache: Any, k: Any, v: Any, slots: Any) -> None:
-    """Write K and V, one launch each; caches are ``[blocks, slots, heads, size]``."""
+    """Write K and V with one launch each; caches are ``[blocks, slots, heads, size]``."""
     for cache, rows in ((k_cache, k), (v_cache, v)):
         heads, size = rows.shape[1:]
         _rows[(len(slots),)](

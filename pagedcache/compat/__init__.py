@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write operators of other projects, name for name: change the import and nothing else.
+"""Write functions with the names and signatures of other projects: change only the import.
 
-Each module has the signature and layouts of the project it is named after, and takes arrays of any
-library. What they check is what `pagedcache.paged_caching` checks, so bad input is an error and a
-slot past the end is skipped.
+Each module follows the project that it is named after, also in its layouts, and takes arrays of any
+library. The checks are those of `pagedcache.paged_caching`: bad input raises an error, and a slot
+past the end of the cache is skipped.
 """

@@ -21,48 +21,52 @@ def append_paged_kv_cache(
     kv_last_page_len: Any,
     kv_layout: str = "NHD",
 ) -> None:
-    """Write tokens to the pages that their sequences' page tables name.
+    """Write the K and V of each token to the pages of its sequence.
 
-    The slots are computed with the arrays' own library, in a handful of small operations that
-    allocate; callers that write many layers should compute them once and call
-    `pagedcache.paged_caching`.
+    The slots are computed with the library of the index arrays, which takes about fifty array
+    operations (and, on a GPU, as many launches) per call and allocates memory. To write many
+    layers, compute the slots once and call `pagedcache.paged_caching` for each layer.
 
     Parameters
     ----------
     append_key, append_value : array
         ``[num_tokens, num_kv_heads, head_size]``.
     batch_indices : array
-        ``[num_tokens]``: which sequence each token is of; negative: padding, skipped.
+        ``[num_tokens]``: the sequence of each token. A negative entry is padding and is skipped.
     positions : array
-        ``[num_tokens]``: where in its sequence. A token past the pages of its sequence, or of a
-        sequence that is not there, is not written, as a slot past the end is not.
+        ``[num_tokens]``: the position of each token in its sequence. A token past the pages of its
+        sequence, or of a sequence that does not exist, is not written, like one whose slot is
+        past the end of the cache.
     paged_kv_cache : array or pair of arrays
         ``[num_pages, 2, page_size, num_kv_heads, head_size]`` for ``"NHD"``,
-        ``[num_pages, 2, num_kv_heads, page_size, head_size]`` for ``"HND"``; or K and V apart,
-        without the axis of 2.
+        ``[num_pages, 2, num_kv_heads, page_size, head_size]`` for ``"HND"``; or a pair of
+        arrays for K and V, each without the axis of length 2.
     kv_indices : array
-        ``[num_pages_in_use]``: the pages of all sequences, one sequence after the other.
+        ``[num_pages_in_use]``: the pages of all sequences, one sequence after another.
     kv_indptr : array
-        ``[num_sequences + 1]``: where each sequence's begin in `kv_indices`.
+        ``[num_sequences + 1]``: the pages of sequence ``i`` are
+        ``kv_indices[kv_indptr[i]:kv_indptr[i + 1]]``.
     kv_last_page_len : array
-        Not used: `positions` says all. It stands here for the signature's sake.
+        Not used, because `positions` determines every slot. Present to match the signature.
     kv_layout : {"NHD", "HND"}
+        The order of the axes of `paged_kv_cache`.
 
     Raises
     ------
     BadTensorShapeError
-        `paged_kv_cache` is neither one array of five axes nor two of four, or an array of indices
-        has not one axis.
+        `paged_kv_cache` is neither one array with five axes nor two with four, an index array does
+        not have exactly one axis, or `append_value`, `batch_indices` or `positions` is not as long
+        as `append_key`.
     BadTensorDtypeError
-        Indices are no ints.
+        An index array does not have an integer dtype.
     BadParamError
-        Unknown `kv_layout`, or slots that cannot be computed from the others.
+        Unknown `kv_layout`, or the slots cannot be computed from the index arrays.
     PagedCacheError
-        Of what is appended it speaks as k and v. See `pagedcache.paged_caching`, also for streams
-        and threads.
+        See `pagedcache.paged_caching`, also for streams and threads. In these messages,
+        `append_key` is k and `append_value` is v.
     """
     if not isinstance(kv_layout, str) or kv_layout not in ("NHD", "HND"):
-        raise BadParamError("kv_layout", "must be one of NHD, HND", shown(kv_layout))
+        raise BadParamError("kv_layout", "must be 'NHD' or 'HND'", shown(kv_layout))
     k_cache, v_cache = _caches(paged_kv_cache)
     num_pages, page_size = k_cache.shape[0], k_cache.shape[2 if kv_layout == "HND" else 1]
     tables = {
@@ -72,25 +76,27 @@ def append_paged_kv_cache(
         "kv_indptr": kv_indptr,
     }
     for name, table in tables.items():
-        _refuse_but_ints(name, table)
-    for name, length in (
-        ("append_value", _shape(append_value)[:1]),
-        ("batch_indices", batch_indices.shape),
-        ("positions", positions.shape),
+        _check_indices(name, table)
+    key_shape = _shape(append_key)
+    for name, array in (
+        ("append_value", append_value),
+        ("batch_indices", batch_indices),
+        ("positions", positions),
     ):
-        if tuple(length) != _shape(append_key)[:1]:
-            rule = f"must be as long as append_key, {_shape(append_key)[:1]}"
-            raise BadTensorShapeError(name, rule, tuple(length))
+        shape = _shape(array)
+        if shape[:1] != key_shape[:1]:
+            rule = f"must be as long as append_key, which has shape {key_shape}"
+            raise BadTensorShapeError(name, rule, f"shape {shape}")
     try:
         slots = _slots(batch_indices, positions, kv_indices, kv_indptr, num_pages, page_size)
     except Exception as error:
-        rule = f"must be arrays of ints of one library ({error})"
+        rule = f"must be integer arrays of the same library ({error})"
         raise BadParamError("batch_indices, positions, kv_indices and kv_indptr", rule) from error
     paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
 
 
 def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
-    """Return the K and the V of a pool in either form."""
+    """Return the K cache and the V cache, given as one array or as a pair."""
     if isinstance(paged_kv_cache, (tuple, list)):
         caches = tuple(paged_kv_cache)
         got = f"{len(caches)} arrays"
@@ -100,7 +106,7 @@ def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
         caches = tuple(part(name, paged_kv_cache, (slice(None), index)) for index in both)
         got = f"shape {shape}"
     if len(caches) != 2 or any(len(_shape(cache)) != 4 for cache in caches):
-        rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays of 4 axes"
+        rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays with 4 axes"
         raise BadTensorShapeError("paged_kv_cache", rule, got)
     return caches[0], caches[1]
 
@@ -112,10 +118,10 @@ def _shape(array: Any) -> tuple[Any, ...]:
         return ()
 
 
-def _refuse_but_ints(name: str, array: Any) -> None:
+def _check_indices(name: str, array: Any) -> None:
     tensor = adopt(name, array)
     if tensor.dtype.kind not in "iu":
-        raise BadTensorDtypeError(name, "must be ints", tensor.dtype)
+        raise BadTensorDtypeError(name, "must have an integer dtype", tensor.dtype)
     if len(tensor.shape) != 1:
         raise BadTensorShapeError(name, "must have one axis", f"shape {tensor.shape}")
 
@@ -128,7 +134,8 @@ def _slots(
     num_pages: int,
     page_size: int,
 ) -> Any:
-    # All conditions are 1 or 0, so that no index leaves its array, whatever the input.
+    # Conditions are ints of 0 or 1 that indices are multiplied by, so that no index is ever outside
+    # of its array, whatever the input.
     batch, position = _int64(batch_indices), _int64(positions)
     used = _int64(batch >= 0)
     known = used * _int64(batch < len(kv_indptr) - 1) * _int64(position >= 0)

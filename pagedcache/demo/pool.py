@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of KV-cache blocks: who holds which block, and which slot a token gets. Plain NumPy.
+"""A pool of KV-cache blocks: who holds each block, and which slot each token gets. Plain NumPy.
 
 The terms are vLLM's: a *block* holds ``block_size`` tokens; a sequence's *block table* lists its
 blocks in the order of its tokens; the *slot* of token ``t`` is
@@ -30,7 +30,7 @@ class Sequence:
         Tokens that have a slot.
     block_table : list of int
     shared : int
-        How many blocks at the front of the table another sequence wrote.
+        Number of blocks at the front of the table that another sequence wrote.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Sequence:
 
 
 class Pool:
-    """Hands out blocks in an order that is not theirs, as a server that has run for a while does.
+    """Hands out blocks in random order, like a server that has been running for a while.
 
     Parameters
     ----------
     num_blocks, block_size : int
     taken : int
-        Blocks that somebody else holds.
+        Number of blocks that others hold.
     rng : numpy.random.Generator
         Shuffles the free blocks.
     """
@@ -64,13 +64,13 @@ class Pool:
 
     @property
     def free(self) -> frozenset[int]:
-        """Blocks that nobody holds."""
+        """The blocks that nobody holds."""
         return frozenset(self._free)
 
     def add(self, name: str, prefix_of: Sequence | None = None, prefix: int = 0) -> Sequence:
-        """Start a sequence, sharing the full blocks of the first `prefix` tokens of another.
+        """Add a sequence that shares the full blocks in the first `prefix` tokens of another.
 
-        A block that is not full cannot be shared: the two sequences go on differently in it.
+        A partly filled block cannot be shared, because the sequences continue differently in it.
         """
         sequence = Sequence(name)
         if prefix_of is not None:
@@ -83,7 +83,7 @@ class Pool:
         return sequence
 
     def extend(self, sequence: Sequence, tokens: int) -> Slots:
-        """Give the next `tokens` tokens of a sequence their slots, taking blocks as needed.
+        """Return the slots of the next `tokens` tokens of a sequence, taking free blocks as needed.
 
         Raises
         ------
@@ -93,7 +93,7 @@ class Pool:
         positions = np.arange(sequence.length, sequence.length + tokens)
         missing = -(-(sequence.length + tokens) // self.block_size) - len(sequence.block_table)
         if missing > len(self._free):
-            raise MemoryError(f"{missing} blocks are needed, {len(self._free)} are free")
+            raise MemoryError(f"{missing} blocks are needed, but only {len(self._free)} are free")
         for _ in range(missing):
             block = self._free.pop()
             self._holders[block] = 1
@@ -102,14 +102,14 @@ class Pool:
         return self.slots(sequence, positions)
 
     def slots(self, sequence: Sequence, positions: NDArray[Any]) -> Slots:
-        """Return the slots of tokens at these positions of a sequence."""
+        """Return the slots of the tokens at these positions of a sequence."""
         table = np.asarray(sequence.block_table, np.int64)
         slots: Slots = table[positions // self.block_size] * self.block_size
         slots += positions % self.block_size
         return slots
 
     def release(self, sequence: Sequence) -> None:
-        """Give back the blocks of a sequence, but for those that others still hold."""
+        """Free the blocks of a sequence, except those that other sequences still hold."""
         self.sequences.remove(sequence)
         for block in sequence.block_table:
             self._holders[block] -= 1
@@ -117,10 +117,10 @@ class Pool:
                 self._free.append(block)
 
     def marks(self) -> list[str]:
-        """Say of each block who holds it.
+        """Return a mark for each block that says who holds it.
 
-        A sequence's letter; ``*`` where several share the block; ``#`` where somebody else holds
-        it; ``.`` where it is free.
+        The name of a sequence; ``*`` if several sequences share the block; ``#`` if others hold it;
+        ``.`` if it is free.
         """
         marks = ["."] * self.num_blocks
         for block in self.taken:
@@ -131,7 +131,7 @@ class Pool:
         return marks
 
     def picture(self) -> str:
-        """Draw `marks` in rows, each after the number of its first block."""
+        """Return `marks` in rows, each preceded by the number of its first block."""
         columns, gap = (32, " ") if self.num_blocks <= 256 else (80, "")
         marks = self.marks()
         rows = range(0, self.num_blocks, columns)

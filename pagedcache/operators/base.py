@@ -15,7 +15,7 @@ import numpy as np
 
 from pagedcache.arrays.addresses import ADDRESSES
 from pagedcache.arrays.find import adopt, library_of
-from pagedcache.arrays.matching import Call, recognised_call
+from pagedcache.arrays.matching import Matcher, make_matcher
 from pagedcache.backend.handle import Handle, parse_device
 from pagedcache.backend.registry import import_target
 from pagedcache.display import Rows, as_html
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 ON_INVALID = ("skip", "raise")
 NO_WORKSPACE = 0  # Python has one 0, so whether a size is this one is quickly told
 
-Calls = dict[type, Call]
-"""By the type of the first array, a call with arrays like those that were checked last."""
+Matchers = dict[type, Matcher]
+"""By the type of the first array, a matcher of arrays like those that were checked last."""
 
 
-def _recognise_nothing(*_: Any) -> bool:
+def _match_nothing(*_: Any) -> bool:
     return False
 
 
@@ -60,7 +60,7 @@ class Operation(Generic[InfoT]):
     ----------
     info : Info
     expected : tuple of Expected
-        What the array of each argument must look like.
+        What the array of each argument must be like.
     device : Device
     on_invalid : {"skip", "raise"}
     debug : bool
@@ -69,9 +69,9 @@ class Operation(Generic[InfoT]):
 
     Attributes
     ----------
-    latest : Call
-        What a public method tries first: the latest of `calls`.
-    calls : Calls
+    latest : Matcher
+        What a public method tries first: the latest of `matchers`.
+    matchers : Matchers
         What `run` tries before it checks everything.
     name : str
         Of the operator.
@@ -112,14 +112,14 @@ class Operation(Generic[InfoT]):
         self._implementation: Implementation | None = implementation
         self._run = implementation.run
         self._arguments = Arguments(expected, info.rules.counted_by, device.name)
-        self.calls: Calls = {}
-        self.latest: Call = _recognise_nothing
+        self.matchers: Matchers = {}
+        self.latest: Matcher = _match_nothing
 
     # What an operator adds
 
     @property
     def _inspect(self) -> Inspect:
-        """What `debug` looks at, besides shared memory."""
+        """What `debug` inspects, besides shared memory."""
         return lambda _: None
 
     def _invalid(self, found: Invalid, where: str = "in this call") -> Exception:
@@ -188,9 +188,13 @@ class Operation(Generic[InfoT]):
     def run(
         self, arrays: tuple[Any, ...], stream: Any, workspace: Any = None, workspace_size: int = 0
     ) -> None:
-        """Check everything, run, and recognise arrays like these from now on."""
+        """Check everything, run, and match arrays like these from now on."""
         self._alive()
-        if workspace is None and workspace_size is NO_WORKSPACE and self.call(arrays, stream):
+        if (
+            workspace is None
+            and workspace_size is NO_WORKSPACE
+            and self.run_if_matched(arrays, stream)
+        ):
             return
         found = self._arguments.read(arrays)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
@@ -203,21 +207,23 @@ class Operation(Generic[InfoT]):
         if self.workspace_size:
             self._run(*found, handle, workspace_at)
             return
-        self._recognise(arrays, current_stream)
+        self._match_from_now_on(arrays, current_stream)
         self._run(*found, handle)
 
-    def call(self, arrays: tuple[Any, ...], stream: Any) -> bool:
-        """Run if the arrays are recognised as some before the latest; return whether they were."""
-        call = self.calls.get(type(arrays[0]))
-        if call is None or call is self.latest or not call(*arrays, stream):
+    def run_if_matched(self, arrays: tuple[Any, ...], stream: Any) -> bool:
+        """Run if a matcher other than the latest matches the arrays; return whether one did."""
+        matcher = self.matchers.get(type(arrays[0]))
+        if matcher is None or matcher is self.latest or not matcher(*arrays, stream):
             return False
-        self.latest = call
+        self.latest = matcher
         return True
 
-    def _recognise(self, arrays: tuple[Any, ...], current_stream: Callable[[], int]) -> None:
-        """Recognise arrays like these from now on."""
+    def _match_from_now_on(
+        self, arrays: tuple[Any, ...], current_stream: Callable[[], int]
+    ) -> None:
+        """Make a matcher of arrays like these."""
         implementation = self._alive()
-        call = recognised_call(
+        matcher = make_matcher(
             self._arguments.expected,
             arrays,
             self._arguments.counted_by,
@@ -227,10 +233,10 @@ class Operation(Generic[InfoT]):
             self._handle_of,
             check_alignment=not implementation.checks_alignment,
         )
-        if call is not None:
-            self.calls[type(arrays[0])] = self.latest = call
+        if matcher is not None:
+            self.matchers[type(arrays[0])] = self.latest = matcher
             if self._implementation is None:  # another thread has destroyed this meanwhile
-                self.calls, self.latest = {}, _recognise_nothing
+                self.matchers, self.latest = {}, _match_nothing
 
     def _run_at(
         self, addresses: tuple[Any, ...], workspace: Any, workspace_size: Any, stream: Any
@@ -362,7 +368,7 @@ class Operation(Generic[InfoT]):
         """
         self._implementation = None
         self._run = _run_destroyed
-        self.calls, self.latest = {}, _recognise_nothing
+        self.matchers, self.latest = {}, _match_nothing
 
     def __enter__(self: Self) -> Self:
         self._alive()

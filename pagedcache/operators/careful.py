@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that look at their data and wait, for callers who would rather wait than not know."""
+"""Calls that inspect their data or wait for the result, for `debug` and ``on_invalid="raise"``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Careful(Implementation):
             rule = "waits for the stream, which is being captured; use check() after a replay"
             raise NotSupportedError(option, rule)
         if self._inspect:
-            self._look(rows, addresses_and_stream, stream)
+            self._inspect_data(rows, addresses_and_stream, stream)
         if self._refuse is None:
             self._implementation.run(rows, *addresses_and_stream)
             return
@@ -79,7 +79,7 @@ class Careful(Implementation):
         if found:
             raise self._refuse(found)
 
-    def _look(self, rows: int, addresses: Sequence[int], stream: int) -> None:
+    def _inspect_data(self, rows: int, addresses: Sequence[int], stream: int) -> None:
         views = {
             one.name: one.with_rows(rows).at(address)
             for one, address in zip(self._expected, addresses, strict=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations that are found again by what their arrays look like, for operators as one function."""
+"""Operators as one function: an operation is found again by the signatures of its arrays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Kept(Generic[OperationT]):
     def run(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> None:
         """Run the operation for these arrays and options, creating it if there is none."""
         for *known, operation in self.recent:
-            if all(map(operator.is_, options, known)) and operation.call(arrays, stream):
+            if all(map(operator.is_, options, known)) and operation.run_if_matched(arrays, stream):
                 return
         names = self._kind.arguments
         tensors = [adopt(name, array) for name, array in zip(names, arrays, strict=True)]
@@ -58,8 +58,10 @@ class Kept(Generic[OperationT]):
             # Refused if it is not a string at all.
             self._create(*arrays, *options).run(arrays, stream)
             return
-        looks = (self._look(name, tensor) for name, tensor in zip(names, tensors, strict=True))
-        key = (options, *looks)
+        signatures = (
+            self._signature(name, tensor) for name, tensor in zip(names, tensors, strict=True)
+        )
+        key = (options, *signatures)
         operation = self._kept.get(key) or self._create(*arrays, *options)
         with self._lock:
             self._kept.pop(key, None)
@@ -84,7 +86,7 @@ class Kept(Generic[OperationT]):
         others = (each for each in self.recent if each[-1] is not entry[-1])
         self.recent = (entry, *others)[:MOST_RECENT]
 
-    def _look(self, name: str, tensor: Tensor) -> Hashable:
+    def _signature(self, name: str, tensor: Tensor) -> Hashable:
         dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
         if name in self._kind.free and shape:
             strides = (row_step(shape, strides, dtype.itemsize), *strides[1:])

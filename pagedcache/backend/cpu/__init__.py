@@ -73,12 +73,12 @@ class CpuDevice:
         return CpuReport()
 
     def operator(self, name: str) -> Callable[..., Any]:
-        """Raise: the CPU has the implementations that operators bring."""
+        """Raise: for the CPU, operators bring their own implementations."""
         raise NotSupportedError(f"operator {name!r}", "is not implemented on the CPU")
 
 
 class CpuReport:
-    """What is known of invalid indices."""
+    """Invalid indices that calls have found."""
 
     def __init__(self) -> None:
         self.streams: dict[int, Any] = {}
@@ -91,7 +91,7 @@ class CpuReport:
             self._found = found if self._found is None else self._found.joined(found)
 
     def take(self) -> Invalid | None:
-        """Return and forget what was added."""
+        """Return what was added, and clear it."""
         with self._lock:
             found, self._found = self._found, None
         return found

@@ -32,7 +32,7 @@ class NvidiaBackend:
     """Serves ``"cuda"``."""
 
     def check(self) -> None:
-        """Look for one CuPy, the driver, a GPU and NVRTC.
+        """Check that exactly one CuPy, the driver, a GPU and NVRTC can be used.
 
         Raises
         ------

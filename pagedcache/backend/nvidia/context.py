@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU as the current device: waiting, copying, streams, and whose fault an error is."""
+"""A GPU as the current device: waiting, copying, streams, and what caused an error."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Context:
 
     @contextlib.contextmanager
     def current(self, step: str) -> Iterator[None]:
-        """Make this the current device, and say whose fault an error is.
+        """Make this the current device, and raise CUDA's errors as `LaunchError`.
 
-        Nothing that is done there is captured, or ends a capture that another thread has begun.
+        What is done here is never captured, and never ends a capture that another thread has begun.
         """
         try:
             with cupy.cuda.Device(self.index), relaxed_capture_mode():
@@ -96,7 +96,7 @@ class Context:
         return int(self._side_stream.ptr)
 
     def keeper(self, handle: int) -> Any:
-        """Return what keeps CuPy's current stream alive, if that has this handle."""
+        """Return CuPy's current stream, to be kept alive, if it has this handle."""
         current = cupy.cuda.get_current_stream(self.index)
         return current if current.ptr == handle else None
 
@@ -107,7 +107,7 @@ class Context:
                 return bool(runtime.streamIsCapturing(stream))
         except runtime.CUDARuntimeError as error:
             if error.status in _CAPTURE:
-                return True  # the default stream cannot be asked while another is captured
+                return True  # the default stream cannot be queried while another is captured
             raise failure("asking whether a stream is captured", self.index, error) from error
         except RuntimeError:  # what CuPy raises for a capture that is already broken
             return True
@@ -148,7 +148,7 @@ class Context:
 
 
 def failure(step: str, device: int, error: Any) -> LaunchError:
-    """Return the error to raise if CUDA refused a step, with whose fault that is.
+    """Return the error to raise if CUDA refused a step, with its cause.
 
     Parameters
     ----------

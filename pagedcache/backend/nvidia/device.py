@@ -38,7 +38,7 @@ PROGRAMMATIC_DRIVER = 12030  # CUDA 12.3, the first that captures programmatic l
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the device says about itself.
+    """The limits that the device reports.
 
     Attributes
     ----------
@@ -93,8 +93,8 @@ class CudaDevice(Context):
     limits : Limits
     programmatic : bool or None
         Whether launches ask for programmatic dependent launch. ``None`` until something has been
-        compiled; then whether the device and the driver can, seen in a trial, unless the
-        environment variable ``PAGEDCACHE_PDL`` is 0.
+        compiled; then whether the device and the driver support it, found in a trial, or ``False``
+        if the environment variable ``PAGEDCACHE_PDL`` is 0.
     """
 
     def __init__(self, index: int) -> None:
@@ -102,7 +102,7 @@ class CudaDevice(Context):
         self.limits = _query(index)
         self.limits.check()
         self.programmatic: bool | None = None
-        # CuPy's functions, kept because what they point to is unloaded with the last of them.
+        # CuPy's functions, kept because their module is unloaded with the last of them.
         self._compiled: dict[tuple[str | Path, tuple[str, ...]], list[Any]] = {}
         self._compiling = Lock()
         self._take_report = 0  # CUfunction
@@ -120,7 +120,7 @@ class CudaDevice(Context):
         return [(name.replace("_", " "), str(value)) for name, value in table.items()]
 
     def operator(self, name: str) -> Callable[..., Any]:
-        """Raise: NVIDIA GPUs have the implementations that operators bring."""
+        """Raise: for NVIDIA GPUs, operators bring their own implementations."""
         raise NotSupportedError(f"operator {name!r}", "is not implemented on NVIDIA GPUs")
 
     def report(self, *, read: bool = True) -> DeviceReport:
@@ -130,7 +130,7 @@ class CudaDevice(Context):
     def compile(self, file: str | Path, expressions: tuple[str, ...]) -> list[int]:
         """Compile template instances of a source file, or load them from CuPy's cache on disk.
 
-        What this device has compiled once is found again at no cost.
+        Instances that this device has compiled before are returned at once.
 
         Parameters
         ----------

@@ -108,10 +108,10 @@ class Launch:
         self.run = self._queue if runtime.getDeviceCount() == 1 else self._queue_on_its_device
 
     def _make_queue(self, function: int) -> Callable[[int, int], None]:
-        # A closure, since each attribute that need not be looked up is worth 20 ns.
+        # A closure, since each attribute that need not be looked up saves 20 ns.
         launch, config, refused = library().cuLaunchKernelEx, self._config, self._refused
         addresses = (ctypes.addressof(config), function, ctypes.addressof(self._arguments))
-        # ctypes would convert ints and c_void_p alike to these at each call.
+        # Converted once; ctypes would convert ints and c_void_p objects at each call.
         pointers = (*map(ctypes.c_void_p.from_param, addresses), None)
 
         latest_blocks, latest_stream = 1, 0

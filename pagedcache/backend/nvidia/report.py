@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports: a few words of device memory that kernels add to, and the host takes."""
+"""Reports: a few words of device memory that kernels add to and the host takes."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class LastRow:
     def __init__(self) -> None:
         self._row = self._value = 0
 
-    def told(self, count: int, row: int, value: int) -> Invalid | None:
-        """Return what the words of a report say."""
+    def read(self, count: int, row: int, value: int) -> Invalid | None:
+        """Return what the words of a report mean; ``None`` if nothing was counted."""
         if row != NO_ROW and count:
             self._row, self._value = row, value
-        # A kernel adds a row before it counts it, so what is counted now may have been taken then.
+        # A kernel adds a row before it counts it, so this count may be of the row taken last.
         return Invalid(count, self._row, self._value) if count else None
 
 
@@ -127,10 +127,10 @@ class DeviceReport:
         self.streams[stream] = self._context.keeper(stream)
 
     def take(self) -> Invalid | None:
-        """Wait for the streams that were noted; return and forget what kernels added.
+        """Wait for the streams that were noted; return what kernels added, and clear it.
 
-        A kernel takes the words, under the lock that others add under, so that nothing is lost that
-        they add meanwhile.
+        A kernel takes the words, under the same lock as kernels that add to them, so that nothing
+        that is added meanwhile is lost.
         """
         noted = list(self.streams)
         for stream in noted:
@@ -139,7 +139,7 @@ class DeviceReport:
             self.streams.pop(stream, None)
         with self._lock:
             count, _, row, value = self._exchange()
-            return self._last.told(count, row, value)
+            return self._last.read(count, row, value)
 
     def _exchange(self) -> list[int]:
         words = np.empty(len(EMPTY), np.int64)

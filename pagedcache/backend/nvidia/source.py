@@ -10,7 +10,7 @@ from pathlib import Path
 from pagedcache.status import InternalError
 
 _PACKAGE = Path(__file__).parents[2]
-# Package data in a wheel. An editable install has no copy and reads the one of the checkout.
+# Package data in a wheel. An editable install has no copy and reads that of the checkout.
 _PLACES = (_PACKAGE / "cuda_src", _PACKAGE.parent / "cuda_src")
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
@@ -33,8 +33,8 @@ def folder() -> Path:
 def read(file: str | Path) -> str:
     """Return a source file with the files that it includes, each once.
 
-    One string is the whole program, since CuPy finds a compiled program again by its text, and
-    would not notice that a file which the text includes has changed.
+    The whole program is one string, since CuPy's compile cache goes by that text and would not
+    notice a change in a file that it includes.
 
     Parameters
     ----------

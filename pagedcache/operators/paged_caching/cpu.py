@@ -34,10 +34,10 @@ class PagedCaching(Implementation):
     def run(
         self, tokens: int, k_cache: int, v_cache: int, k: int, v: int, slots_at: int, stream: int
     ) -> None:
-        """Write so many tokens."""
+        """Write this many tokens."""
         info = self._info
         slot_size = info.slot_dtype.itemsize
-        # A copy, since another thread may change them between two looks.
+        # A copy, since another thread may change them between two reads.
         slots = view(slots_at, info.slot_dtype, (tokens,), (slot_size,)).astype(np.int64)
         outside = slots >= info.num_slots
         valid = (slots >= 0) & ~outside
@@ -50,7 +50,7 @@ class PagedCaching(Implementation):
 
 
 class _Plane:
-    """K or V: how its rows lie in the source and in the cache. Strides are in bytes."""
+    """K or V: how its rows are laid out in the source and the cache. Strides are in bytes."""
 
     def __init__(self, info: PagedCachingInfo, letter: str, head_size: int) -> None:
         def stride(name: str) -> int:
@@ -104,7 +104,7 @@ class _Plane:
 
 
 def _whole_blocks(slots: Array, valid: Array, block_size: int) -> Array:
-    """Return the tokens from which on consecutive tokens fill a whole block in order."""
+    """Return the tokens at which a run of tokens begins that fills a whole block in order."""
     if len(slots) < block_size or block_size == 1:
         return np.empty(0, np.intp)
     in_order = np.cumsum(np.concatenate(([0], np.diff(slots) == 1)))
@@ -115,6 +115,6 @@ def _whole_blocks(slots: Array, valid: Array, block_size: int) -> Array:
 
 
 def _evenly_spaced(numbers: Array, step: int) -> list[tuple[int, int]]:
-    """Return where runs of numbers begin and end that are `step` apart."""
+    """Return where runs of numbers that are `step` apart begin and end."""
     breaks = np.flatnonzero(np.diff(numbers) != step) + 1
     return list(zip([0, *breaks.tolist()], [*breaks.tolist(), len(numbers)], strict=True))

@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from pagedcache.operators.paged_caching.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
-# Bytes that a thread moves at a time, and whether it gets ahead.
+# Bytes that a thread moves at a time, and whether the kernel gets ahead.
 INSTANCES = ((16, True), (16, False), (8, False), (4, False), (2, False))
 TYPE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
-# Of a write with up to so many threads for each multiprocessor: threads in a block, and whether it
-# gets ahead (see the kernel). A block that does may stand on a multiprocessor before those ahead of
-# it are done, so blocks of large writes would not be distributed evenly. Measured, on an H200.
+# For a write with up to this many threads per multiprocessor: threads per block, and whether it
+# gets ahead (see the kernel). A block that does may occupy a multiprocessor before those ahead of
+# it are done, so blocks of large writes would not be distributed evenly. Measured on an H200.
 STEPS = ((200, 64, True), (2048, 128, False))
-LARGE = (256, True)  # the same two of any larger write
-# By class of device, what all threads are multiplied by. Every CUDA GPU so far is of class 1024,
-# and the others are guesses.
+LARGE = (256, True)  # the same two for any larger write
+# Factor on the numbers of threads, by class of device. Every CUDA GPU so far is of class 1024; the
+# others are guesses.
 SCALES = {4096: 2, 1024: 1, 512: 0.5}
-# A large write gives K and V threads of their own if it has at most so many heads, moves 16 bytes
-# at a time, and leaves no thread idle. Measured, on an H200.
+# A large write gives K and V separate threads if it has at most this many heads, moves 16 bytes at
+# a time, and leaves no thread idle. Measured on an H200.
 FEW_HEADS = 24
-# Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured, on an H200.
+# Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured on an H200.
 TILE, WHOLE_ROW = 4, 256
 MOST_PLANS = 4096
 
 Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
-"""Launches that are ready, what prepares one more, and blocks in a row."""
+"""Launches that are ready, a function that prepares one more, and blocks per row."""
 
 
 def instance(dtype: str, slot_dtype: str, width: int, ahead: bool) -> str:
@@ -87,16 +87,16 @@ class PagedCaching(Implementation):
     def _report_to(self, report: DeviceReport) -> None:
         self._report, self._streams = report, report.streams
         self._launches: dict[_Grid, list[Launch]] = {}  # that are ready
-        self._plans: dict[int, Plan] = {}  # for numbers of tokens that were seen
+        self._plans: dict[int, Plan] = {}  # by number of tokens
 
     def reporting_to(self, report: DeviceReport) -> PagedCaching:
-        """Return the same with another report."""
+        """Return a copy that uses another report."""
         other = copy.copy(self)
         other._report_to(report)
         return other
 
     def launch_config(self, rows: int) -> LaunchConfig:
-        """Return the launch for so many tokens whose addresses allow the widest access."""
+        """Return the launch for this many tokens if addresses allow the widest access."""
         tokens = min(rows, self._widest.most_tokens)
         grid = self._widest.grid(tokens)
         return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
@@ -104,7 +104,7 @@ class PagedCaching(Implementation):
     def run(
         self, tokens: int, k_cache: int, v_cache: int, k: int, v: int, slots: int, stream: int
     ) -> None:
-        """Queue the write of so many tokens."""
+        """Queue the write of this many tokens."""
         plan = self._plans.get(tokens)
         misaligned = (k_cache | v_cache | k | v) & self._mask or slots & self._slot_mask
         if plan is None or misaligned:
@@ -116,7 +116,7 @@ class PagedCaching(Implementation):
         launches, prepare, blocks = plan
         if stream not in self._streams:
             self._report.note(stream)
-        # Taking from and giving to a list is atomic, so no two threads have one launch.
+        # pop and append of a list are atomic, so no two threads get the same launch.
         try:
             launch = launches.pop()
         except IndexError:
@@ -185,7 +185,7 @@ class PagedCaching(Implementation):
         slots: int,
         stream: int,
     ) -> None:
-        """Make several launches, where there are more vectors than the kernel counts."""
+        """Make several launches for a write of more vectors than one kernel can count."""
         self._report.note(stream)
         for done in range(0, tokens, kernel.most_tokens):
             part = min(tokens - done, kernel.most_tokens)
@@ -241,7 +241,7 @@ class _Kernel:
         self._large = grid(*LARGE, tile, rows=2 if apart else 1)
 
     def grid(self, tokens: int) -> _Grid:
-        """Return the grid for a write of so many tokens."""
+        """Return the grid for a write of this many tokens."""
         for most, grid in self._steps:
             if tokens <= most:
                 return grid
@@ -272,12 +272,12 @@ class _Grid:
         return self._prepare(parameters)
 
     def blocks(self, tokens: int) -> int:
-        """Return how many blocks of a row hold a thread for each vector of all tiles."""
+        """Return how many blocks per row hold a thread for each vector of all tiles."""
         return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
 
 
 def _parameters(info: PagedCachingInfo, width: int, tile: int) -> ctypes.Structure:
-    """Return ``struct PagedCachingParameters`` without what a call adds."""
+    """Return ``struct PagedCachingParameters`` without what changes from call to call."""
     struct = functools.partial(structure, source.read(FILE))
     by = functools.partial(divisor, struct("Divisor"))
     size = info.dtype.itemsize
@@ -311,7 +311,7 @@ def _parameters(info: PagedCachingInfo, width: int, tile: int) -> ctypes.Structu
 
 
 def tile_of(info: PagedCachingInfo) -> int:
-    """Return the tokens whose rows of one head are written before those of the next head.
+    """Return for how many tokens the rows of one head are written before those of the next head.
 
     Where the rows of neighbouring slots are contiguous in the cache, neighbouring threads then
     write neighbouring bytes, as they do token by token where the rows of all heads are contiguous.
