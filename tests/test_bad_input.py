@@ -584,7 +584,7 @@ def test_a_head_past_2_gib_is_refused_on_the_cpu():
     cache, row = (pc.TensorDescriptor("f2", shape) for shape in ((2, 1, 2, 2**30), (1, 1, 2**30)))
     slots = pc.TensorDescriptor("int64", (1,))
     with pytest.raises(NotImplementedError, match="bytes of K or V in a head") as caught:
-        pc.Descriptor.create(cache, cache, row, row, slots)
+        pc.Descriptor.create(cache, cache, row, row, slots, handle=pc.Handle("cpu"))
     assert caught.value.status == Status.NOT_IMPLEMENTED
 
 

@@ -23,8 +23,10 @@ from pagedcache.status import Status
 def python(program, timeout=None, **environment):
     """Run a program in a process of its own; ``None`` takes a variable out of its environment."""
     variables = {**os.environ, **environment}
+    # From Python 3.12 on, a fork warns if there are threads, which NumPy's BLAS may have started.
+    quiet = ["-W", "ignore:This process:DeprecationWarning"]
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        [sys.executable, *quiet, "-c", program], capture_output=True, text=True, check=False,
         env={name: value for name, value in variables.items() if value is not None},
         cwd=Path(__file__).parents[1], timeout=timeout,
     )  # fmt: skip
