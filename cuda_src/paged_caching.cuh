@@ -54,13 +54,10 @@ struct PagedCachingParameters {
 };
 
 // The most threads in a block that the host asks for. The launch bounds below say that 2048 threads
-// must fit on a multiprocessor, with 32 registers each. They have no effect where only 1536 fit
-// (compute capability 7.5, 8.6, 8.9, 12.0).
+// must fit on a multiprocessor, with 32 registers each. They have no effect where fewer fit: 1536
+// on compute capability 8.6, 8.9 and 12.0, 1024 on 7.5.
 constexpr int kMostThreads = 512;
 
-// Threads that may prefetch: about as many as a large GPU holds at once. The others start when the
-// wait is over, and would request the same bytes twice.
-constexpr unsigned int kFirstThreads = 1u << 18;
 constexpr unsigned int kLine = 128;  // bytes of one prefetch
 
 // Grid: a thread for each vector of a row. It copies that vector of K and the one of V at the same
@@ -74,7 +71,9 @@ constexpr unsigned int kLine = 128;  // bytes of one prefetch
 // threads than a device holds, memory is faster with fewer streams at a time.
 //
 // A kernel that gets ahead (kAhead) lets the next one start at once, and prefetches, so that
-// several are on the device at once and prefetch what they will load.
+// several are on the device at once and prefetch what they will load. The next one may then run
+// before the kernel ahead of this one is done, so what it does before its own wait must not depend
+// on any kernel.
 template <typename T, typename Slot, int kWidth, bool kAhead>
 __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
     pagedCaching(const __grid_constant__ PagedCachingParameters p) {
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
       p.call.k + token * p.k_source.token_stride + head * p.k_source.head_stride + offset;
   const char* const v_at =
       p.call.v + token * p.v_source.token_stride + head * p.v_source.head_stride + offset;
-  if (kAhead && first_row && index < kFirstThreads && in_row % (kLine / kWidth) == 0) {
+  if (kAhead && in_row % (kLine / kWidth) == 0) {
     if (first_of_token) prefetch(slot_at);
     if (has_k) prefetch(k_at);
     if (has_v) prefetch(v_at);

@@ -39,7 +39,7 @@ from pagedcache.status import (
 )
 from pagedcache.tensors import TensorDescriptor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BackendReport",

@@ -6,43 +6,28 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from types import TracebackType
+from typing import Any
 
 
-class Lock:
-    """A lock for ``with`` blocks.
+def make_lock() -> Any:
+    """Return a `threading.Lock` that is free in a forked process.
 
-    A plain lock that another thread holds during a ``fork`` stays locked in the child forever,
-    since that thread does not exist there. What such a lock guards must be usable at any point.
+    A lock that another thread holds during a ``fork`` would stay locked in the child forever, since
+    that thread does not exist there. What such a lock guards must be usable at any point.
     """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        _locks.add(self)
-
-    def renew(self) -> None:
-        """Replace the lock by a free one."""
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._lock.release()
+    # Not a class of our own: in its __enter__ and __exit__, which are Python, a KeyboardInterrupt
+    # could come between taking the lock and entering the block.
+    made = threading.Lock()
+    _locks.add(made)
+    return made
 
 
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _renew_all() -> None:
+def _free_all() -> None:
     for lock in list(_locks):
-        lock.renew()
+        lock._at_fork_reinit()  # what Python's own modules use for this
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_all)
+os.register_at_fork(after_in_child=_free_all)

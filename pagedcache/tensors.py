@@ -22,7 +22,7 @@ from pagedcache.status import (
 Array = np.ndarray[Any, Any]
 
 _LIMIT = 2**48  # elements; below this, every offset in bytes fits in 64 bits
-_MAX_WORK = 10_000  # steps of NumPy's exact search for a shared byte: a few milliseconds
+_MAX_WORK = 10_000_000  # steps of NumPy's exact search for a shared byte: less than a second
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -6,6 +6,11 @@ Importing it registers the operator together with what ``torch.compile`` and ``t
 know: that it writes both caches and returns nothing. `pagedcache` does not import this module.
 Requires PyTorch 2.4 or newer.
 
+``pagedcache.torch.paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=None,
+on_invalid="skip")`` takes PyTorch tensors only; see `pagedcache.paged_caching` for what they must
+be. It runs on PyTorch's current stream. In code that a compiler functionalizes, as all backends
+but ``"eager"`` do, an error of ``on_invalid="raise"`` leaves the caches as they were.
+
 Examples
 --------
 >>> import torch

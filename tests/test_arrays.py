@@ -225,6 +225,22 @@ def test_a_slice_of_rows_matches_by_its_strides(to_library):
     assert [each[0] for each in ran] == [9, 1, 5]
 
 
+def test_tensors_may_have_any_names(to_library):
+    """Also those of variables in a matcher."""
+    described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in five().items()}
+    expected = pc.PagedCachingInfo.create(*described.values()).rules.expected(described)
+    names = ("run", "count", "stream", "guards", "ndarray")
+    renamed = [one._replace(name=name) for one, name in zip(expected, names, strict=True)]
+    arrays, ran = [to_library(array) for array in five().values()], []
+    matcher = matching.make_matcher(
+        renamed, arrays, "ndarray", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
+        check_alignment=True,
+    )  # fmt: skip
+    assert matcher(*arrays, None)
+    assert not matcher(*reversed(arrays), None)
+    assert [each[0] for each in ran] == [5]
+
+
 def test_caches_that_share_memory_do_not_match(to_library):
     pool = np.zeros((6, 3, 2, 8), np.float16)
     size, block = 4 * 3 * 2 * 8 * 2, 3 * 2 * 8 * 2
@@ -360,8 +376,8 @@ def test_without_private_functions(monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
     current = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=device + 5))
     public = Torch(SimpleNamespace(_C=torch._C, cuda=current, autograd=torch.autograd))
-    assert public.current_stream(SimpleNamespace(is_cuda=True), 3)() == 8
-    assert public.current_stream(SimpleNamespace(is_cuda=False), 3) is None
+    assert public.current_stream("k", SimpleNamespace(is_cuda=True), 3)() == 8
+    assert public.current_stream("k", SimpleNamespace(is_cuda=False), 3) is None
     cupy = pytest.importorskip("cupy")
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 1)
     monkeypatch.setattr("pagedcache.arrays.cupy.CONTIGUOUS", "_gone")
@@ -527,7 +543,7 @@ def test_jax_arrays_are_read_and_never_written():
         pc.paged_caching(k_cache, v_cache, *sources)
         theirs = jax.numpy.array(k_cache)
         before = np.array(theirs).view(f"u{theirs.dtype.itemsize}")
-        with pytest.raises(ValueError, match="k_cache must be writable, got a read-only array"):
+        with pytest.raises(ValueError, match="k_cache must be writable, got a JAX array"):
             pc.paged_caching(theirs, v_cache, *sources)
         assert (np.array(theirs).view(before.dtype) == before).all()
 
@@ -712,7 +728,7 @@ def test_cuda_array_interface(monkeypatch):
     assert find.adopt("k", Device(typestr="<V2")).dtype.name == "bfloat16"
     assert not find.adopt("k", Device(data=(4096, True))).writable
     library = find.library_of("k", Device())
-    streams = [library.current_stream(Device(stream=s), 0)() for s in (None, 1, 2, 77)]
+    streams = [library.current_stream("k_cache", Device(stream=s), 0)() for s in (None, 1, 2, 77)]
     assert streams == [0, 1, 2, 77]
     with pytest.raises(TypeError, match="k must have memory that can be read"):
         find.adopt("k", Device(shape=None))

@@ -668,3 +668,87 @@ def test_an_option_may_be_a_member_of_an_enum():
     pretends = type("Pretends", (str,), {"__str__": lambda self: "HND"})("foo")
     with pytest.raises(ValueError, match="layout must be one of HND, NHD"):
         pc.Descriptor.create(*arrays.values(), layout=pretends)
+
+
+def test_a_call_that_destroys_what_it_runs_is_the_last():
+    """As another thread may, between the run and what is remembered of it."""
+    case = simple_case()
+    descriptor = pc.Descriptor.create(*case.arrays())
+
+    def match(*_):
+        descriptor.destroy()
+        return True
+
+    descriptor.matchers[np.ndarray] = match
+    descriptor.calculate(*case.arrays())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="descriptor has been destroyed"):
+            descriptor.calculate(*case.arrays())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [((576, 512), (261128, 52224, 1088, 1)), ((96, 64), (160, 23048456, 480176, 1))],
+    ids=["blocks padded", "blocks innermost"],
+)
+def test_k_and_v_side_by_side_do_not_overlap(sizes, strides):
+    from pagedcache.tensors import overlap, overlaps_itself, view
+
+    steps = tuple(2 * step for step in strides)
+    start = 1 << 20  # nothing is read
+    k, v, shifted = (
+        view(at, np.dtype(np.int16), (3001, 5, 48, size), steps)
+        for at, size in (
+            (start, sizes[0]), (start + 2 * sizes[0], sizes[1]), (start + 2, sizes[1])
+        )
+    )  # fmt: skip
+    assert not (overlaps_itself(k))
+    assert not (overlaps_itself(v))
+    assert not (overlap(k, v))
+    assert overlap(k, shifted)
+
+
+def test_infiniop_gives_the_same_status_after_a_good_call():
+    from pagedcache import infiniop
+
+    case = simple_case()
+    arrays = case.arrays()
+    addresses = [array.ctypes.data for array in arrays]
+    write = infiniop.infiniopPagedCaching
+    with pc.Descriptor.create(*arrays, handle=pc.Handle("cpu")) as descriptor:
+        for _ in range(2):
+            assert write(descriptor, "garbage", 0, *addresses, 0) == Status.BAD_PARAM
+            assert write(descriptor, 0, 0, *addresses, "stream") == Status.BAD_PARAM
+            assert write(descriptor, 0, 0, *arrays, 0) == Status.BAD_PARAM
+            assert write(descriptor, 0, 0, *addresses, 0) == Status.SUCCESS
+            assert write(descriptor, None, 0, *addresses, None) == Status.SUCCESS
+            descriptor.calculate(*arrays)
+
+
+class RaisingIndex:
+    def __index__(self):
+        raise ZeroDivisionError
+
+
+def test_odd_values_get_our_errors():
+    case = simple_case()
+    with pc.Descriptor.create(*case.arrays()) as descriptor:
+        with pytest.raises(pc.PagedCacheError, match="slot_or_token must be an int"):
+            descriptor.explain(RaisingIndex())
+        with pytest.raises(pc.PagedCacheError, match="slot_or_token must be one of the 2 tokens"):
+            descriptor.explain(10**5000, [1, 2])
+    with pytest.raises(pc.PagedCacheError, match="k_cache must be a TensorDescriptor, got None"):
+        pc.PagedCachingInfo.create(None, None, None, None, None)
+
+
+def test_distances_that_are_remembered_are_bounded(monkeypatch):
+    from pagedcache.operators import arguments
+
+    monkeypatch.setattr(arguments, "MOST_APART", 3)
+    memory = np.zeros((9, 2, 1, 2, 4), np.float32)
+    row, slots = np.ones((1, 1, 4), np.float32), np.array([1])
+    with pc.Descriptor.create(*memory[:2], row, row, slots) as descriptor:
+        for far in range(1, 9):
+            descriptor.calculate(memory[0], memory[far], row, row, slots)
+            assert len(descriptor._arguments.apart[0, 1]) <= 3
+    assert (memory[1:, 0, 0, 1] == 1).all()

@@ -42,7 +42,7 @@ def test_on_the_cpu(capsys, tmp_path):
 def test_a_plot_needs_matplotlib(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     assert run("--device", "cpu", "--plot", str(tmp_path / "picture.png")) == 2
-    assert capsys.readouterr().out == "--plot needs matplotlib: pip install 'pagedcache[bench]'\n"
+    assert capsys.readouterr().out == "--plot needs matplotlib: pip install matplotlib\n"
 
 
 def test_files_that_cannot_be_written_are_refused_at_once(capsys, tmp_path):

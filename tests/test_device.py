@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -71,6 +72,9 @@ class Runtime:
         self.calls.append(("wait", stream))
         if self.broken:
             raise Error("cudaErrorLaunchFailure")
+
+    def deviceSynchronize(self):  # noqa: N802
+        self.streamSynchronize("all")
 
     def streamQuery(self, stream):  # noqa: N802
         return 600 if stream in self.busy else 0
@@ -222,22 +226,89 @@ def test_a_report_waits_for_the_streams_that_wrote_to_it(device, runtime):
 def test_a_stream_lives_until_it_was_waited_for(device, runtime):
     report = device.report()
     report.note(runtime.current.ptr)
-    alive = weakref.ref(runtime.current)
-    runtime.current = CurrentStream(4)
+    given = type("", (), {"__cuda_stream__": lambda self: (0, 9)})()
+    report.note(device.stream(given))
+    alive = weakref.ref(runtime.current), weakref.ref(given)
+    runtime.current, given = CurrentStream(4), None
     gc.collect()
-    assert alive() is not None
+    assert all(one() is not None for one in alive)
     report.take()
     gc.collect()
-    assert alive() is None
+    assert all(one() is None for one in alive)
 
 
 def test_idle_streams_are_forgotten(device, runtime):
+    from pagedcache.backend.nvidia.context import KeptStream
+
     report = device.report()
     runtime.busy = (102, 105)
     for stream in range(100, 200):
-        report.note(stream)
+        report.note(KeptStream.of(stream, object()))
         assert len(report.streams) <= 16
     assert {102, 105, 199} <= set(report.streams)
+
+
+def test_streams_that_may_be_gone_are_not_asked(device, runtime, monkeypatch):
+    report = device.report()
+    monkeypatch.setattr(runtime, "streamQuery", lambda stream: pytest.fail("asked"))
+    for stream in range(100, 200):
+        report.note(stream)
+    assert list(report.streams) == list(range(100, 200))
+
+
+def test_a_report_that_nobody_reads_keeps_no_stream(device, runtime):
+    from pagedcache.backend.nvidia.context import KeptStream
+
+    report = device.report(read=False)
+    streams = [CurrentStream(handle) for handle in range(100, 200)]
+    gone = [weakref.ref(stream) for stream in streams]
+    for stream in streams:
+        report.note(KeptStream.of(stream.ptr, stream))
+        assert stream.ptr in report.streams
+        assert len(report.streams) <= 16
+    del stream, streams
+    gc.collect()
+    assert not any(one() for one in gone)
+
+
+def test_what_is_queued_during_a_check_is_waited_for_by_the_next(device, runtime, monkeypatch):
+    report = device.report()
+    report.note(11)
+    report.note(12)
+    wait = runtime.streamSynchronize
+
+    def another_thread_writes(stream):
+        if stream == 12 and 11 not in report.streams:  # as a write does once it has queued
+            report.note(11)
+        wait(stream)
+
+    monkeypatch.setattr(runtime, "streamSynchronize", another_thread_writes)
+    report.take()
+    del runtime.calls[:]
+    report.take()
+    assert runtime.calls[0] == ("wait", 11)
+
+
+def test_the_default_stream_of_another_thread(device, runtime):
+    from pagedcache.backend.nvidia.report import PER_THREAD
+
+    report = device.report()
+    report.note(PER_THREAD)
+    assert PER_THREAD not in report.streams  # so each thread notes it
+    del runtime.calls[:]
+    report.take()
+    assert runtime.calls[:-1] == [("wait", PER_THREAD)]
+    thread = threading.Thread(target=report.note, args=(PER_THREAD,))
+    thread.start()
+    thread.join()
+    runtime.broken = True
+    with pytest.raises(RuntimeError, match="work that was queued before it failed"):
+        report.take()
+    runtime.broken = False
+    del runtime.calls[:]
+    report.take()
+    report.take()
+    assert runtime.calls == [("wait", "all"), ("wait", 7), ("wait", 7)]
 
 
 def test_a_report_that_cannot_wait_loses_nothing(device, runtime):

@@ -55,7 +55,9 @@ def test_no_cupy():
     assert done.stderr == ""
     cpu, error, status = done.stdout.splitlines()
     assert cpu == "cpu"
-    assert error.startswith("DEVICE_NOT_INITIALIZED True backend cuda needs CuPy (pip install")
+    assert error.startswith(
+        "DEVICE_NOT_INITIALIZED True backend cuda needs CuPy (install pagedcache"
+    )
     assert status == "DEVICE_NOT_INITIALIZED"
 
 
@@ -428,6 +430,27 @@ os._exit(0)
 def test_locks_that_are_held_in_a_fork_are_free_in_the_child():
     done = python(LOCKS_IN_A_FORK, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_an_interrupt_leaves_no_lock_held():
+    """Ctrl-C may come at any point of a block that holds a lock."""
+    done = python(
+        "import signal\n"
+        "from pagedcache.locks import make_lock\n"
+        "lock, interrupts = make_lock(), 0\n"
+        "def interrupt(*_): raise KeyboardInterrupt\n"
+        "signal.signal(signal.SIGALRM, interrupt)\n"
+        "while interrupts < 2000:\n"
+        "    try:\n"
+        "        signal.setitimer(signal.ITIMER_REAL, 2e-5)\n"
+        "        while True:\n"
+        "            with lock: pass\n"
+        "    except KeyboardInterrupt: interrupts += 1\n"
+        "    if lock.locked(): break\n"
+        "print(interrupts, lock.locked())",
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("2000 False\n", "")
 
 
 def test_a_home_that_cannot_be_written():

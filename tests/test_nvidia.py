@@ -373,7 +373,7 @@ def test_second_device_while_the_first_is_current(cupy):
         assert descriptor.device == "cuda:1"
         descriptor.calculate(*there.arrays())
         stream_of_0 = cupy.cuda.Stream(non_blocking=True)
-        with pytest.raises(ValueError, match="stream must be a stream of cuda:1"):
+        with pytest.raises(ValueError, match="stream must be a stream on cuda:1"):
             descriptor.calculate(*there.arrays(), stream=stream_of_0)
         here = case.on(cupy.asarray)
         with pytest.raises(ValueError, match="v_cache must be on cuda:1 like k_cache, got cuda"):

@@ -260,6 +260,37 @@ def test_inference_tensors_are_written():
     same(case, wanted)
 
 
+@pytest.mark.parametrize("private", [True, False], ids=["guards", "public functions"])
+def test_after_inference_tensors_others_are_noticed(monkeypatch, private):
+    if not private:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    normal = tensors(simple_case(dtype="float32"))
+    with torch.inference_mode():
+        inside = [array.clone() for array in normal]
+    with pc.Descriptor.create(*inside) as descriptor:
+        for _ in range(2):
+            descriptor.calculate(*inside)
+        for written in (1, 2):
+            descriptor.calculate(*normal)
+            assert [array._version for array in normal] == [written, written, 0, 0, 0]
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["guards", "public functions"])
+def test_inference_mode_hides_no_write(monkeypatch, private):
+    if not private:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    normal = tensors(simple_case(dtype="float32"))
+    with torch.inference_mode():
+        inside = [array.clone() for array in normal]
+    with pc.Descriptor.create(*inside) as descriptor:
+        descriptor.calculate(*inside)  # outside of the mode
+        with torch.inference_mode():
+            descriptor.calculate(*normal)
+            descriptor.calculate(*inside)
+        descriptor.calculate(*inside)
+    assert [array._version for array in normal] == [1, 1, 0, 0, 0]
+
+
 def test_the_operator_refuses_a_leaf_too(op):
     case = simple_case(dtype="float32")
     arrays = tensors(case)

@@ -37,8 +37,8 @@ class Addresses(Library):
 
     def rows(self, expected: Expected, constants: dict[str, Any]) -> str:
         """Return the number of rows that there were when the descriptor was created."""
-        constants["rows"] = expected.shape[0]
-        return "rows"
+        constants["_rows"] = expected.shape[0]
+        return "_rows"
 
 
 ADDRESSES = Addresses()

@@ -49,10 +49,10 @@ class Cupy(Library):
             row = math.prod(one.shape[1:]) * one.dtype.itemsize
             # Where contiguous arrays are expected, their strides follow from their shape.
             if getattr(array, CONTIGUOUS, False) and (not one.free or one.strides[0] == row):
-                constants[f"{name}_dtype"] = one.dtype
+                constants[f"_{name}_dtype"] = one.dtype
                 found += [
                     f"{name}.{CONTIGUOUS}",
-                    f"{name}.dtype == {name}_dtype",
+                    f"{name}.dtype == _{name}_dtype",
                     shape_is(one, constants),
                 ]
             else:

@@ -15,7 +15,7 @@ from pagedcache.arrays.interfaces import ArrayInterface, CudaArrayInterface
 from pagedcache.arrays.jax import Jax
 from pagedcache.arrays.library import Library, copied, reading, type_name
 from pagedcache.arrays.numpy import Numpy
-from pagedcache.status import BadParamTypeError, NullPointerError
+from pagedcache.status import BadParamTypeError, NullPointerError, shown
 from pagedcache.tensors import Tensor, row_major
 
 if TYPE_CHECKING:
@@ -90,6 +90,30 @@ def part(subject: str, array: Any, index: Any) -> Any:
         if whole.writable and some.address != whole.address + step:
             raise copied(subject)
     return taken
+
+
+def adopt_stream(stream: Any) -> tuple[int, int | None]:
+    """Return the handle of a CUDA stream, and the index of its device if it is known.
+
+    Parameters
+    ----------
+    stream : stream
+        Of CuPy or PyTorch, or any object with ``__cuda_stream__``.
+
+    Raises
+    ------
+    BadParamTypeError
+        It is none of these.
+    """
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+        return int(stream.ptr), None if stream.device_id == -1 else int(stream.device_id)
+    if hasattr(stream, "cuda_stream") and hasattr(stream, "device_index"):  # PyTorch's
+        return int(stream.cuda_stream), int(stream.device_index)
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1]), None
+    rule = "must be None, a CuPy or PyTorch stream, an int, or have __cuda_stream__"
+    raise BadParamTypeError("stream", rule, shown(stream))
 
 
 def current_streams(device: int) -> list[int]:

@@ -37,9 +37,9 @@ class CudaArrayInterface(Library):
                 place = f"cuda:{pointer.device}"
         return Tensor(address, dtype, shape, strides, place, not read_only)
 
-    def current_stream(self, array: Any, device: int) -> Callable[[], int]:
+    def current_stream(self, subject: str, array: Any, device: int) -> Callable[[], int]:
         """Return a function that returns the stream that the exporter names, or the default one."""
-        with reading("k_cache", array):
+        with reading(subject, array):
             stream = int(array.__cuda_array_interface__.get("stream") or 0)
         return lambda: stream
 

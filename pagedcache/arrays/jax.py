@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagedcache.arrays.dlpack import parse
 from pagedcache.arrays.library import Library, reading
+from pagedcache.status import BadParamError
 
 if TYPE_CHECKING:
     from pagedcache.tensors import Tensor
@@ -21,3 +22,7 @@ class Jax(Library):
             array.block_until_ready()
             tensor = parse(subject, array.__dlpack__())
         return tensor._replace(writable=False)
+
+    def check_write(self, subject: str, array: Any) -> None:
+        """Raise: JAX has no operations in place."""
+        raise BadParamError(subject, "must be writable", "a JAX array, which is not")

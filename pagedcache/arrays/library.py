@@ -29,7 +29,7 @@ class Library:
         """Return address, dtype, shape, strides and device of an array, without a copy."""
         raise NotImplementedError
 
-    def current_stream(self, array: Any, device: int) -> Callable[[], int] | None:
+    def current_stream(self, subject: str, array: Any, device: int) -> Callable[[], int] | None:
         """Return a function that returns the handle of the stream that this library uses now.
 
         ``None`` if it has no streams of its own. `device` is the index of the array's device.
@@ -50,7 +50,7 @@ class Library:
 
     # What follows is Python source for `pagedcache.arrays.matching`. In all of it, `expected` says
     # what an array must be like, and its name is the variable that holds the array. `constants`
-    # gets a value for each other name that is used.
+    # gets a value for each other name that is used, all of which begin with an underscore.
 
     def conditions(
         self,
@@ -62,7 +62,7 @@ class Library:
         """Return expressions that are true of arrays that match what is expected.
 
         `arrays` are some that do, for what a library would rather copy from them. The variable
-        ``count`` has the length of the array named `counted_by`; a free first axis of any other
+        ``_count`` has the length of the array named `counted_by`; a free first axis of any other
         must be at least as long.
         """
         raise NotImplementedError
@@ -84,7 +84,7 @@ class Library:
 
 def long_enough(one: Expected, counted_by: str) -> list[str]:
     """Return conditions for the length of an array whose length its ``len`` gives."""
-    return [f"len({one.name}) >= count"] if one.free and one.name != counted_by else []
+    return [f"len({one.name}) >= _count"] if one.free and one.name != counted_by else []
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ that is generated for these arrays, as `dataclasses` generates an ``__init__``. 
 each attribute that is compared, without a loop or a call that it could do without. For a write of
 five CuPy arrays, it begins::
 
-    if not (k_cache._c_contiguous and k_cache.dtype == k_cache_dtype and ...
-            and (count := len(slot_mapping)) > 0 and len(k) >= count and len(v) >= count):
+    if not (k_cache._c_contiguous and k_cache.dtype == _k_cache_dtype and ...
+            and (_count := len(slot_mapping)) > 0 and len(k) >= _count and len(v) >= _count):
         return False
 """
 
@@ -81,9 +81,9 @@ def make_matcher(
             return None
         groups.setdefault(id(library), (library, []))[1].append(index)
     constants: dict[str, Any] = {
-        "run": run,
-        "current_stream": current_stream,
-        "handle_of": handle_of,
+        "_run": run,
+        "_current_stream": current_stream,
+        "_handle_of": handle_of,
     }
     conditions, statements = [], []
     address, count = {}, ""
@@ -97,11 +97,11 @@ def make_matcher(
                 count = library.rows(one, constants)
     names = [one.name for one in expected]
     # Arrays of another library are refused sooner than they are counted.
-    conditions.sort(key=lambda condition: "count" in condition)
-    uncounted = sum("count" not in condition for condition in conditions)
-    conditions.insert(uncounted, f"(count := {count}) > 0")
+    conditions.sort(key=lambda condition: "_count" in condition)
+    uncounted = sum("_count" not in condition for condition in conditions)
+    conditions.insert(uncounted, f"(_count := {count}) > 0")
     lines = [f"if not ({' and '.join(conditions)}):", "    return False"]
-    lines += [f"at_{name} = {address[name]}" for name in names]
+    lines += [f"_at_{name} = {address[name]}" for name in names]
     lines += _address_checks(expected, check_alignment=check_alignment)
     for first, second in itertools.combinations(range(len(expected)), 2):
         pair = expected[first], expected[second]
@@ -114,10 +114,10 @@ def make_matcher(
 
 def _address_checks(expected: Sequence[Expected], *, check_alignment: bool) -> list[str]:
     """Return lines that refuse addresses of 0, and those that are misaligned."""
-    conditions = [f"at_{one.name}" for one in expected]
+    conditions = [f"_at_{one.name}" for one in expected]
     sizes = {one.dtype.itemsize for one in expected} - {1} if check_alignment else set()
     for size in sizes:
-        same = " | ".join(f"at_{one.name}" for one in expected if one.dtype.itemsize == size)
+        same = " | ".join(f"_at_{one.name}" for one in expected if one.dtype.itemsize == size)
         conditions.append(f"not ({same}) & {size - 1}")
     return [f"if not ({' and '.join(conditions)}):", "    return False"]
 
@@ -129,19 +129,19 @@ def _overlap_check(
     sizes = []
     for each in (one, other):
         if each.free:
-            constants[f"step_of_{each.name}"] = each.strides[0]
+            constants[f"_step_of_{each.name}"] = each.strides[0]
             shape = (1, *each.shape[1:])
-            size = f"size_of_{each.name} + (count - 1) * step_of_{each.name}"
+            size = f"_size_of_{each.name} + (_count - 1) * _step_of_{each.name}"
         else:
             shape = each.shape
-            size = f"size_of_{each.name}"
-        constants[f"size_of_{each.name}"] = span(shape, each.strides, each.dtype.itemsize)
+            size = f"_size_of_{each.name}"
+        constants[f"_size_of_{each.name}"] = span(shape, each.strides, each.dtype.itemsize)
         sizes.append(f"({size})")
-    lines = [f"distance = at_{other.name} - at_{one.name}"]
-    condition = f"-{sizes[1]} < distance < {sizes[0]}"
+    lines = [f"_distance = _at_{other.name} - _at_{one.name}"]
+    condition = f"-{sizes[1]} < _distance < {sizes[0]}"
     if not (one.free or other.free):
-        constants[f"apart_{one.name}_{other.name}"] = apart
-        condition += f" and distance not in apart_{one.name}_{other.name}"
+        constants[f"_apart_{one.name}_{other.name}"] = apart
+        condition += f" and _distance not in _apart_{one.name}_{other.name}"
     return [*lines, f"if {condition}:", "    return False"]
 
 
@@ -153,16 +153,16 @@ def _factory(
     checks = "\n".join(f"            {line}" for line in lines)
     source = f"""
 def make({", ".join(constants)}):
-    def match({", ".join(names)}, stream):
+    def match({", ".join(names)}, _stream):
         try:
 {checks}
         except Exception:  # of arrays of another library, which may fail in any way
             return False
-        if stream is None:
-            stream = current_stream()
-        elif type(stream) is not int:
-            stream = handle_of(stream)
-        run(count, {", ".join(f"at_{name}" for name in names)}, stream)
+        if _stream is None:
+            _stream = _current_stream()
+        elif type(_stream) is not int:
+            _stream = _handle_of(_stream)
+        _run(_count, {", ".join(f"_at_{name}" for name in names)}, _stream)
         return True
     return match
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedcache.arrays.library import Library, long_enough
+from pagedcache.arrays.library import Library, long_enough, reading
 from pagedcache.tensors import Array, Expected, Tensor
 
 
@@ -19,9 +19,9 @@ class Numpy(Library):
 
     def read(self, subject: str, array: Array) -> Tensor:
         """Return address, dtype, shape, strides and device of an array, without a copy."""
-        return Tensor(
-            array.ctypes.data, array.dtype, array.shape, array.strides, "cpu", array.flags.writeable
-        )
+        with reading(subject, array):  # a subclass may fail in any way
+            dtype, shape, strides = array.dtype, array.shape, array.strides
+            return Tensor(array.ctypes.data, dtype, shape, strides, "cpu", array.flags.writeable)
 
     def conditions(
         self,
@@ -31,10 +31,10 @@ class Numpy(Library):
         constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of arrays that match what is expected."""
-        constants["ndarray"] = np.ndarray
+        constants["_ndarray"] = np.ndarray
         found = []
         for one, array in zip(expected, arrays, strict=True):
-            found += [f"type({one.name}) is ndarray", *signature_is(one, array, constants)]
+            found += [f"type({one.name}) is _ndarray", *signature_is(one, array, constants)]
             found += long_enough(one, counted_by)
             if one.written:
                 found.append(f"{one.name}.flags.writeable")
@@ -48,21 +48,21 @@ class Numpy(Library):
 def signature_is(one: Expected, array: Any, constants: dict[str, Any]) -> list[str]:
     """Return conditions on dtype, shape and strides, by the attributes that NumPy and CuPy have."""
     name = one.name
-    constants[f"{name}_dtype"] = one.dtype
-    constants[f"{name}_strides"] = one.strides_like(array.strides)
+    constants[f"_{name}_dtype"] = one.dtype
+    constants[f"_{name}_strides"] = one.strides_like(array.strides)
     return [
-        f"{name}.dtype == {name}_dtype",
+        f"{name}.dtype == _{name}_dtype",
         shape_is(one, constants),
-        f"{name}.strides == {name}_strides",
+        f"{name}.strides == _{name}_strides",
     ]
 
 
 def shape_is(one: Expected, constants: dict[str, Any]) -> str:
     """Return a condition on the shape, whose first axis may be free."""
     name = one.name
-    constants[f"{name}_shape"] = one.shape[1:] if one.free else one.shape
+    constants[f"_{name}_shape"] = one.shape[1:] if one.free else one.shape
     if not one.free:
-        return f"{name}.shape == {name}_shape"
+        return f"{name}.shape == _{name}_shape"
     if len(one.shape) == 1:
         return f"{name}.ndim == 1"
-    return f"{name}.shape[1:] == {name}_shape"
+    return f"{name}.shape[1:] == _{name}_shape"

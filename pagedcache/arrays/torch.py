@@ -54,7 +54,7 @@ class Torch(Library):
                 array.data_ptr(), dtype, tuple(array.shape), strides, str(array.device), True
             )
 
-    def current_stream(self, array: Any, device: int) -> Callable[[], int] | None:
+    def current_stream(self, subject: str, array: Any, device: int) -> Callable[[], int] | None:
         """Return a function that returns the handle of PyTorch's current stream."""
         if not array.is_cuda:
             return None
@@ -106,28 +106,32 @@ class Torch(Library):
         # `check` below ends the process if it meets a nested tensor (seen with PyTorch 2.13).
         nested = " or ".join(f"{name}.is_nested" for name in names)
         found = [f"not ({nested})"]
-        constants["grad_enabled"] = self._torch.is_grad_enabled
+        constants["_grad_enabled"] = self._torch.is_grad_enabled
         if any(
             one.written and array.requires_grad for one, array in zip(expected, arrays, strict=True)
         ):
-            found.append("not grad_enabled()")
+            found.append("not _grad_enabled()")
+        for one, array in zip(expected, arrays, strict=True):
+            if one.written:
+                # In inference mode, `check` below takes one kind of tensor for the other.
+                found.append(f"{'' if array.is_inference() else 'not '}{one.name}.is_inference()")
         steps = [list(array.stride()) for array in arrays]
         for one, strides in zip(expected, steps, strict=True):
             if one.free:
                 strides[0] = one.strides[0] // one.dtype.itemsize
         longer = [one.free and one.name != counted_by for one in expected]
         try:
-            constants["guards"] = guards = _Guards(self._torch, expected, arrays, steps, longer)
+            constants["_guards"] = guards = _Guards(self._torch, expected, arrays, steps, longer)
         except (AttributeError, TypeError):  # of some other version
             return found + self._public_conditions(expected, arrays, steps, longer, constants)
-        constants["match_any_length"], constants["never"] = (
+        constants["_match_any_length"], constants["_never"] = (
             guards.match_any_length,
             lambda *_: False,
         )
         tensors = ", ".join(names)
         return [
             *found,
-            f"(guards.get(count, never)({tensors}) or match_any_length(count, {tensors}))",
+            f"(_guards.get(_count, _never)({tensors}) or _match_any_length(_count, {tensors}))",
         ]
 
     def _public_conditions(
@@ -138,26 +142,26 @@ class Torch(Library):
         longer: Sequence[bool],
         constants: dict[str, Any],
     ) -> list[str]:
-        constants["Tensor"] = self._torch.Tensor
+        constants["_Tensor"] = self._torch.Tensor
         found = []
         for one, array, strides, may_be in zip(expected, arrays, steps, longer, strict=True):
             name = one.name
-            constants[f"{name}_dtype"] = array.dtype
-            constants[f"{name}_device"] = array.device
-            constants[f"{name}_shape"] = one.shape[1:] if one.free else one.shape
-            constants[f"{name}_strides"] = tuple(strides)
+            constants[f"_{name}_dtype"] = array.dtype
+            constants[f"_{name}_device"] = array.device
+            constants[f"_{name}_shape"] = one.shape[1:] if one.free else one.shape
+            constants[f"_{name}_strides"] = tuple(strides)
             found += [
-                f"type({name}) is Tensor",
-                f"{name}.dtype is {name}_dtype",
-                f"{name}.device == {name}_device",
-                f"{name}.shape{'[1:]' * one.free} == {name}_shape",
-                f"{name}.stride() == {name}_strides",
+                f"type({name}) is _Tensor",
+                f"{name}.dtype is _{name}_dtype",
+                f"{name}.device == _{name}_device",
+                f"{name}.shape{'[1:]' * one.free} == _{name}_shape",
+                f"{name}.stride() == _{name}_strides",
                 f"not {name}.is_neg()",
             ]
             if one.written:
                 found.append(f"{name}.requires_grad is {array.requires_grad}")
             if may_be:
-                found.append(f"{name}.size(0) >= count")
+                found.append(f"{name}.size(0) >= _count")
         return found
 
     def address(self, name: str) -> str:
@@ -169,8 +173,8 @@ class Torch(Library):
         row = math.prod(expected.shape[1:])
         if row == 1:
             return f"{expected.name}.numel()"  # size(0) takes three times as long
-        constants[f"{expected.name}_row"] = row
-        return f"{expected.name}.numel() // {expected.name}_row"
+        constants[f"_{expected.name}_row"] = row
+        return f"{expected.name}.numel() // _{expected.name}_row"
 
     def statements(
         self, expected: Sequence[Expected], arrays: Sequence[Any], constants: dict[str, Any]
@@ -181,8 +185,8 @@ class Torch(Library):
             for one, array in zip(expected, arrays, strict=True)
             if one.written and not array.is_inference()
         ]
-        constants["bump"] = self._bump
-        return [f"bump(({', '.join(noted)},))"] if noted else []
+        constants["_bump"] = self._bump
+        return [f"_bump(({', '.join(noted)},))"] if noted else []
 
 
 class _Guards(dict[int, Callable[..., bool]]):

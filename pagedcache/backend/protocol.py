@@ -62,7 +62,7 @@ class Report(Protocol):
     Attributes
     ----------
     streams : dict
-        The handles of the streams that wrote to it since `take`, and what keeps each alive.
+        The handles of the streams that were used since `take`, and what keeps each alive.
     """
 
     streams: dict[int, Any]

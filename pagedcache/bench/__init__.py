@@ -90,13 +90,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"pagedcache bench: {error}")
         return 2
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        print("--plot needs matplotlib: pip install 'pagedcache[bench]'")
+        print("--plot needs matplotlib: pip install matplotlib")
         return 2
     on_gpu = handle.device != "cpu"
+    if arguments.only_host_time and not on_gpu:
+        print("--only-host-time needs a GPU: on the CPU, a write is done when the call returns")
+        return 2
+    tokens = arguments.tokens or (TOKENS if on_gpu else CPU_TOKENS)
+    if arguments.num_slots and arguments.num_slots < max(tokens):
+        print(f"--num-slots must be at least the number of tokens, {max(tokens)}")
+        return 2
     print(f"{handle!r}")
     if not on_gpu:
         print("No GPU is used: the CPU backend is compared with NumPy's copy of the same bytes.")
-    tokens = arguments.tokens or (TOKENS if on_gpu else CPU_TOKENS)
     results: dict[str, Any] = {"machine": _machine(handle), "gpu": [], "host": {}, "first_call": {}}
     for axes in [] if arguments.only_host_time else _axes(arguments, tokens[0]):
         print(f"\n{axes.describe()}")
@@ -121,8 +127,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  {cold:.3f} s with an empty compile cache, {warm:.3f} s from the cache on disk")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"Results: {arguments.json}")
     if arguments.plot and results["gpu"]:
         _plot(results, arguments.plot)
+        print(f"Plot: {arguments.plot}")
     return 0
 
 
@@ -253,10 +261,14 @@ def _plot(results: dict[str, Any], file: Path) -> None:
 
     # Red is reserved for this package.
     colours = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "gray")]
+    columns = min(2, len(results["gpu"]))
+    lines = -(-len(results["gpu"]) // columns)
     figure, panels = pyplot.subplots(
-        1, len(results["gpu"]), figsize=(7 * len(results["gpu"]), 4.6), squeeze=False
+        lines, columns, figsize=(7 * columns, 4.6 * lines), squeeze=False
     )
-    for panel, result in zip(panels[0], results["gpu"], strict=True):
+    for panel in panels.flat[len(results["gpu"]) :]:
+        panel.set_axis_off()
+    for panel, result in zip(panels.flat, results["gpu"], strict=False):
         rows = result["rows"]
         panel.set_prop_cycle(color=colours)
         for name in dict.fromkeys(name for row in rows for name in row["us"]):
@@ -273,6 +285,7 @@ def _plot(results: dict[str, Any], file: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TB/s, read and written")
         panel.set_xticks([row["tokens"] for row in rows], [str(row["tokens"]) for row in rows])
+        panel.set_xticks([], minor=True)
         panel.set_title(Axes(**result["axes"]).describe(), fontsize=9)
         panel.grid(visible=True, which="both", alpha=0.25)
         panel.legend(fontsize=8)

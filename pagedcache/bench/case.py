@@ -83,7 +83,7 @@ class Case:
         self.axes = axes
         self.xp = xp
         self.dtype = as_dtype("dtype", axes.dtype)
-        blocks = -(-max(num_slots, axes.tokens) // axes.block_size)
+        blocks = -(-num_slots // axes.block_size)
         self.num_slots = blocks * axes.block_size
         middle = (axes.heads, axes.block_size)
         if axes.layout == "NHD":

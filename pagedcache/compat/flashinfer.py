@@ -114,7 +114,7 @@ def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
 def _shape(array: Any) -> tuple[Any, ...]:
     try:
         return tuple(array.shape)
-    except (AttributeError, TypeError):
+    except Exception:  # of whatever was given
         return ()
 
 

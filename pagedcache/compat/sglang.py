@@ -53,7 +53,7 @@ def _rows(name: str, array: Any) -> Any:
     """Return ``[tokens, heads, size]``; a flat row counts as one head."""
     try:
         shape = tuple(array.shape)
-    except (AttributeError, TypeError):
+    except Exception:  # of whatever was given
         raise BadParamTypeError(name, "must be an array", f"{type(array).__name__}") from None
     if len(shape) not in (2, 3):
         rule = "must have 2 or 3 axes [rows, (num_kv_heads,) size]"

@@ -173,7 +173,7 @@ def require_readers() -> None:
         importlib.import_module("gguf")
         importlib.import_module("tokenizers")
     except ImportError as error:
-        rule = "the packages gguf and tokenizers are needed: pip install 'pagedcache[demo]'"
+        rule = "the packages gguf and tokenizers are needed: pip install gguf tokenizers"
         raise NoModelError(f"{rule} ({error})") from error
 
 

@@ -29,6 +29,8 @@ from pagedcache.tensors import Array, Expected, Tensor, overlap, span
 if TYPE_CHECKING:
     from pagedcache.arrays.matching import Apart
 
+MOST_APART = 1024
+
 
 class Arguments:
     """What the arguments of each call must look like.
@@ -109,6 +111,8 @@ class Arguments:
             if other_at - at not in known:
                 check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)
                 if not (one.free or other.free):
+                    if len(known) >= MOST_APART:
+                        known.clear()
                     known.add(other_at - at)
 
     def workspace(self, workspace: Any, size: int, needed: int) -> int:
@@ -138,9 +142,9 @@ def check_writable(name: str, array: Any, tensor: Tensor) -> None:
     RequiresGradError
         Its library would have to record the write.
     """
+    library_of(name, array).check_write(name, array)
     if not tensor.writable:
         raise BadParamError(name, "must be writable", "a read-only array")
-    library_of(name, array).check_write(name, array)
 
 
 def check_overlap(one: Expected, at: int, other: Expected, other_at: int) -> None:

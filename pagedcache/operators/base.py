@@ -199,7 +199,7 @@ class Operation(Generic[InfoT]):
         found = self._arguments.read(arrays)
         workspace_at = self._arguments.workspace(workspace, workspace_size, self.workspace_size)
         current_stream = self._current_stream(arrays[0])
-        handle = current_stream() if stream is None else self._handle_of(stream)
+        handle = current_stream() if stream is None else self._device.stream(stream)
         if not found[0]:
             return
         if (note := self._noting_writes(arrays)) is not None:
@@ -216,6 +216,7 @@ class Operation(Generic[InfoT]):
         if matcher is None or matcher is self.latest or not matcher(*arrays, stream):
             return False
         self.latest = matcher
+        self._forget_if_destroyed()
         return True
 
     def _match_from_now_on(
@@ -230,13 +231,17 @@ class Operation(Generic[InfoT]):
             self._arguments.apart,
             self._run,
             current_stream,
-            self._handle_of,
+            self._device.stream,
             check_alignment=not implementation.checks_alignment,
         )
         if matcher is not None:
             self.matchers[type(arrays[0])] = self.latest = matcher
-            if self._implementation is None:  # another thread has destroyed this meanwhile
-                self.matchers, self.latest = {}, _match_nothing
+            self._forget_if_destroyed()
+
+    def _forget_if_destroyed(self) -> None:
+        """Match nothing if another thread has destroyed this meanwhile."""
+        if self._implementation is None:
+            self.matchers, self.latest = {}, _match_nothing
 
     def _run_at(
         self, addresses: tuple[Any, ...], workspace: Any, workspace_size: Any, stream: Any
@@ -261,7 +266,7 @@ class Operation(Generic[InfoT]):
         rows, *addresses = self._arguments.read(arrays)
         current_stream = self._current_stream(arrays[0])
         if stream is not None:
-            handle = self._handle_of(stream)
+            handle = self._device.stream(stream)
             current_stream = lambda: handle  # noqa: E731
         queue: Callable[[int], None] = lambda _: None  # noqa: E731
         if rows:
@@ -280,16 +285,10 @@ class Operation(Generic[InfoT]):
         return run
 
     def _current_stream(self, array: Any) -> Callable[[], int]:
-        library: Library = ADDRESSES if type(array) is int else library_of(self.arguments[0], array)
+        name = self.arguments[0]
+        library: Library = ADDRESSES if type(array) is int else library_of(name, array)
         index = parse_device("device", self.device)[1] or 0
-        return library.current_stream(array, index) or self._device.current_stream
-
-    def _handle_of(self, stream: Any) -> int:
-        """Return the handle of a stream, which is kept alive until `check` has waited for it."""
-        handle = self._device.stream(stream)
-        if type(stream) is not int:
-            self._report.streams[handle] = stream
-        return handle
+        return library.current_stream(name, array, index) or self._device.current_stream
 
     def _noting_writes(self, arrays: tuple[Any, ...]) -> Callable[[], None] | None:
         """Return what libraries want to be called before each write into these arrays, if any."""
@@ -313,47 +312,19 @@ class Operation(Generic[InfoT]):
 
     # The public life of an operation
 
-    def launch_config(self, num_tokens: int) -> LaunchConfig:
-        """Return the launch that `calculate` makes for this many tokens.
-
-        Parameters
-        ----------
-        num_tokens : int
-
-        Returns
-        -------
-        LaunchConfig
-
-        Raises
-        ------
-        BadParamError
-            `num_tokens` is negative.
-        DestroyedError
-            After `destroy`.
-        """
-        if not isinstance(num_tokens, (int, np.integer)) or num_tokens < 0:
-            raise BadParamError("num_tokens", "must be a non-negative int", shown(num_tokens))
-        return self._alive().launch_config(int(num_tokens))
+    def _launch_config(self, name: str, rows: int) -> LaunchConfig:
+        """Return the launch for so many rows, which the public method calls `name`."""
+        if not isinstance(rows, (int, np.integer)) or rows < 0:
+            raise BadParamError(name, "must be a non-negative int", shown(rows))
+        return self._alive().launch_config(int(rows))
 
     def check(self) -> None:
         """Raise if the calls since the last check met an invalid index.
 
-        For descriptors with ``on_invalid="skip"``. On CUDA, waits for the streams that
-        this descriptor was run on since then, and for nothing else: other threads may go on, and
-        may capture. A stream that was given as an int must still exist.
-
-        What a CUDA graph runs is reported too, but not waited for: synchronize the stream that
-        replays it first. Indices that other threads meet meanwhile are reported now or next time.
-
         Raises
         ------
-        InvalidSlotError
-            With the first token whose slot was invalid, its slot in the earliest such call, the
-            number of such tokens in all calls, and the capacity.
-        LaunchError
-            Something that was queued on these streams failed.
-        NotSupportedError
-            One of these streams is being captured.
+        PagedCacheError
+            The operator's error for invalid indices, or what `Report.take` raises.
         DestroyedError
             After `destroy`.
         """
@@ -368,7 +339,7 @@ class Operation(Generic[InfoT]):
         """
         self._implementation = None
         self._run = _run_destroyed
-        self.matchers, self.latest = {}, _match_nothing
+        self._forget_if_destroyed()
 
     def __enter__(self: Self) -> Self:
         self._alive()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pagedcache.arrays.find import adopt
-from pagedcache.locks import Lock
+from pagedcache.locks import make_lock
 from pagedcache.operators.base import Operation
 from pagedcache.operators.rules import row_step
 
@@ -43,7 +43,7 @@ class Kept(Generic[OperationT]):
         self._kind = kind
         self._create = create
         self._kept: dict[Hashable, OperationT] = {}  # the least recently found first
-        self._lock = Lock()
+        self._lock = make_lock()
         self.recent: tuple[tuple[Any, ...], ...] = ()
         self._found = 0
 

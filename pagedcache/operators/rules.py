@@ -21,7 +21,7 @@ class Rule:
     Attributes
     ----------
     name : str
-        Of the argument.
+        Of the argument, an identifier that does not begin with an underscore.
     axes : tuple of str
         Their names. Axes of one name have the same length in all tensors.
     dtypes : tuple of numpy.dtype
@@ -61,6 +61,16 @@ class Rules:
     counted_by: str
     note: str = ""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(rule.name for rule in self.tensors)
+
+    @property
+    def free_names(self) -> frozenset[str]:
+        """The names of the tensors that have the free axis."""
+        return frozenset(rule.name for rule in self.tensors if rule.axes[0] == self.free)
+
     def check(self, described: Mapping[str, TensorDescriptor]) -> dict[str, int]:
         """Check tensors against the table and each other.
 
@@ -90,12 +100,8 @@ class Rules:
 
         The stride of the free axis stays, since other calls may have more rows.
         """
-        rule = next(rule for rule in self.tensors if rule.name == name)
-        steps = tuple(
-            step if length > 1 else 0
-            for length, step in zip(tensor.shape, tensor.strides, strict=True)
-        )
-        if rule.axes[0] == self.free:
+        steps = _used_steps(tensor)
+        if name in self.free_names:
             return (row_step(tensor.shape, tensor.strides), *steps[1:])
         return steps
 
@@ -152,16 +158,19 @@ class Rules:
         if tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
             wanted = "must have stride 1 on its last axis"
             raise BadTensorStridesError(rule.name, wanted, strides)
-        steps = tuple(
-            step if length > 1 else 0
-            for length, step in zip(tensor.shape, tensor.strides, strict=True)
-        )
+        steps = _used_steps(tensor)
         if any(step < 0 for step in steps):
             raise BadTensorStridesError(rule.name, "must not have negative strides", strides)
         in_bytes = tuple(step * tensor.dtype.itemsize for step in steps)
         if rule.written and overlaps_itself(view(_ANYWHERE, tensor.dtype, tensor.shape, in_bytes)):
             wanted = "must not overlap itself, but two of its elements share memory"
             raise BadTensorStridesError(rule.name, wanted, strides)
+
+
+def _used_steps(tensor: TensorDescriptor) -> tuple[int, ...]:
+    """Return strides in elements, 0 where the length is 1 and the stride is never used."""
+    pairs = zip(tensor.shape, tensor.strides, strict=True)
+    return tuple(step if length > 1 else 0 for length, step in pairs)
 
 
 def check_rows(name: str, rows: int, counted_by: str, needed: int) -> None:

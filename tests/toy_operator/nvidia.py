@@ -31,8 +31,7 @@ class Negate(Implementation):
         return LaunchConfig((-(-rows * self._info.size // THREADS), 1, 1), (THREADS, 1, 1))
 
     def run(self, rows, target, source, stream):
-        if stream not in self._report.streams:
-            self._report.note(stream)
         launch = self._device.prepare(self._function, 1, THREADS, self._parameters)
         launch.pack(target, source, rows, self._report.address)
         launch.run(self.launch_config(rows).grid[0], stream)
+        self._report.note(stream)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagedcache.locks import Lock
+from pagedcache.locks import make_lock
 from pagedcache.status import DeviceNotFoundError, NotSupportedError
 from pagedcache.tensors import Array, view
 
@@ -83,7 +83,7 @@ class CpuReport:
     def __init__(self) -> None:
         self.streams: dict[int, Any] = {}
         self._found: Invalid | None = None
-        self._lock = Lock()
+        self._lock = make_lock()
 
     def add(self, found: Invalid) -> None:
         """Add what one call found."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _INITIALIZATION_ERROR = 3  # cudaErrorInitializationError
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 _CUPY_WHEELS = ("cupy", *(f"cupy-cuda{major}x" for major in range(11, 20)))
-INSTALL = "pip install 'pagedcache[cuda13]' or, for a CUDA 12 driver, 'pagedcache[cuda12]'"
+INSTALL = "install pagedcache with the extra cuda13 or, for a CUDA 12 driver, cuda12"
 
 
 class NvidiaBackend:

@@ -11,15 +11,13 @@ import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 
-from pagedcache.arrays.find import current_streams
+from pagedcache.arrays.find import adopt_stream, current_streams
 from pagedcache.backend.nvidia import fork
 from pagedcache.backend.nvidia.driver import relaxed_capture_mode
 from pagedcache.status import (
     BadParamError,
-    BadParamTypeError,
     LaunchError,
     NotSupportedError,
-    shown,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +31,19 @@ _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED, cudaErrorInitializationError
 # program counter, failure (714 to 719). The runtime's numbers are the same.
 _CONTEXT_IS_LOST = {214, 220, 700, 702, 710, *range(714, 720)}
 _CAPTURE = range(900, 908)  # what a stream capture does not allow
+
+
+class KeptStream(int):
+    """The handle of a stream, which keeps the stream alive."""
+
+    stream: Any
+
+    @classmethod
+    def of(cls, handle: int, stream: Any) -> KeptStream:
+        """Return the handle of `stream`."""
+        kept = cls(handle)
+        kept.stream = stream
+        return kept
 
 
 class Context:
@@ -74,20 +85,12 @@ class Context:
             return self.current_stream()
         if isinstance(stream, int):
             return stream
-        if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
-            if stream.device_id not in (-1, self.index):
-                rule = f"must be a stream on {self.name}"
-                raise BadParamError("stream", rule, f"one on cuda:{stream.device_id}")
-            return int(stream.ptr)
-        if hasattr(stream, "cuda_stream") and hasattr(stream, "device_index"):  # PyTorch's
-            if stream.device_index != self.index:
-                rule = f"must be a stream on {self.name}"
-                raise BadParamError("stream", rule, f"one on cuda:{stream.device_index}")
-            return int(stream.cuda_stream)
-        if hasattr(stream, "__cuda_stream__"):
-            return int(stream.__cuda_stream__()[1])
-        rule = "must be None, a CuPy or PyTorch stream, an int, or have __cuda_stream__"
-        raise BadParamTypeError("stream", rule, shown(stream))
+        handle, device = adopt_stream(stream)
+        if device not in (None, self.index):
+            raise BadParamError(
+                "stream", f"must be a stream on {self.name}", f"one on cuda:{device}"
+            )
+        return KeptStream.of(handle, stream)
 
     def side_stream(self) -> int:
         """Return the handle of a stream of our own, which waits for no other."""
@@ -96,7 +99,9 @@ class Context:
         return int(self._side_stream.ptr)
 
     def keeper(self, handle: int) -> Any:
-        """Return CuPy's current stream, to be kept alive, if it has this handle."""
+        """Return what keeps the stream with this handle alive, if that is known."""
+        if isinstance(handle, KeptStream):
+            return handle.stream
         current = cupy.cuda.get_current_stream(self.index)
         return current if current.ptr == handle else None
 
@@ -131,6 +136,17 @@ class Context:
             raise NotSupportedError(f"waiting for a stream of {self.name}", NOT_CAPTURED)
         with self.current("waiting"):
             runtime.streamSynchronize(stream)
+
+    def wait_for_all_streams(self) -> None:
+        """Wait for everything that is queued on this device.
+
+        Raises
+        ------
+        LaunchError
+            Something failed.
+        """
+        with self.current("waiting"):
+            runtime.deviceSynchronize()
 
     def idle(self, stream: int) -> bool:
         """Return whether everything that was queued on a stream is done."""

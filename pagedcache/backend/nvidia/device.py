@@ -18,7 +18,7 @@ from pagedcache.backend.nvidia.driver import relaxed_capture_mode
 from pagedcache.backend.nvidia.launch import Launch
 from pagedcache.backend.nvidia.report import DeviceReport, Reports
 from pagedcache.environment import switched_on
-from pagedcache.locks import Lock
+from pagedcache.locks import make_lock
 from pagedcache.status import (
     CompileError,
     DeviceArchitectureNotSupportedError,
@@ -104,7 +104,7 @@ class CudaDevice(Context):
         self.programmatic: bool | None = None
         # CuPy's functions, kept because their module is unloaded with the last of them.
         self._compiled: dict[tuple[str | Path, tuple[str, ...]], list[Any]] = {}
-        self._compiling = Lock()
+        self._compiling = make_lock()
         self._take_report = 0  # CUfunction
         self._reports = Reports(self, self._launch_to_take)
 
@@ -116,7 +116,11 @@ class CudaDevice(Context):
 
     def limits_table(self) -> list[tuple[str, str]]:
         """Return the limits that were queried, and the class of device that follows from them."""
-        table = {**asdict(self.limits), "thread_class": self.limits.thread_class}
+        table = {
+            **asdict(self.limits),
+            "thread_class": self.limits.thread_class,
+            "programmatic_launch": self._without_programmatic() or "if a trial launch succeeds",
+        }
         return [(name.replace("_", " "), str(value)) for name, value in table.items()]
 
     def operator(self, name: str) -> Callable[..., Any]:
@@ -194,13 +198,19 @@ class CudaDevice(Context):
         launch.pack(report, room)
         return launch
 
+    def _without_programmatic(self) -> str:
+        """Return why programmatic launch is not tried; empty if it is."""
+        if not switched_on("PAGEDCACHE_PDL", default=True):
+            return "no, PAGEDCACHE_PDL is off"
+        if self.limits.compute_capability < PROGRAMMATIC_CAPABILITY:
+            return "no, needs compute capability {}.{}".format(*PROGRAMMATIC_CAPABILITY)
+        if runtime.driverGetVersion() < PROGRAMMATIC_DRIVER:
+            return "no, needs a driver for CUDA 12.3"
+        return ""
+
     def _try_programmatic(self) -> bool:
         """Return whether two programmatic launches can be captured here. Nothing is run."""
-        if (
-            not switched_on("PAGEDCACHE_PDL", default=True)
-            or self.limits.compute_capability < PROGRAMMATIC_CAPABILITY
-            or runtime.driverGetVersion() < PROGRAMMATIC_DRIVER
-        ):
+        if self._without_programmatic():
             return False
         kind = parameters.structure(source.read(COMMON), "TakeReportParameters")
         launch = Launch(self.index, self._take_report, 1, 1, kind(), programmatic=True)

@@ -121,7 +121,7 @@ class Launch:
             if blocks != latest_blocks:
                 config.grid_x = latest_blocks = blocks
             if stream != latest_stream:
-                config.stream = latest_stream = stream
+                config.stream = latest_stream = int(stream)  # keeps no stream alive
             if status := launch(*pointers):
                 refused(driver.CUDADriverError(status), blocks, stream)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from cupy.cuda import runtime
 
 from pagedcache.backend.nvidia.context import NOT_CAPTURED, Context
 from pagedcache.backend.protocol import Invalid
-from pagedcache.locks import Lock
+from pagedcache.locks import make_lock
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ EMPTY = (0, 0, NO_ROW, 0)  # struct Report of common.cuh: count, lock, row, valu
 _SIZE = len(EMPTY) * 8
 _IN_SLAB = 1024
 _MANY_STREAMS = 16
+PER_THREAD = 2  # cudaStreamPerThread: another stream in each thread
 
 TakeLaunch = Callable[[int, int], "Launch"]
 """From the addresses of a report and of room for its words to a launch of ``takeReport``."""
@@ -44,7 +46,7 @@ class Reports:
         self._context = context
         self._take_launch = take_launch
         self._free: list[int] = []
-        self._lock = Lock()
+        self._lock = make_lock()
 
     def new(self) -> DeviceReport:
         """Return an empty report. About once in a thousand calls, this allocates.
@@ -63,9 +65,9 @@ class Reports:
         return DeviceReport(self._context, self._take_launch, address)
 
     @functools.cached_property
-    def unread(self) -> DeviceReport:
+    def unread(self) -> UnreadReport:
         """The report that nobody reads, which any number of owners can share."""
-        return self.new()
+        return UnreadReport(self._context, self._take_launch, self.new().address)
 
     def _slab(self) -> list[int]:
         context = self._context
@@ -113,18 +115,33 @@ class DeviceReport:
         self._context = context
         self._take_launch = take_launch
         self._launch: Launch | None = None
-        self._lock = Lock()
+        self._lock = make_lock()
         self._last = LastRow()
         self.address = address
         self.streams: dict[int, Any] = {}
+        self._threads: set[int] = set()  # that have queued on their own default stream
+        self._threads_lock = make_lock()
+
+    # Other threads queue kernels while one takes the report. None is missed, since they note a
+    # stream after they have queued on it, and it is forgotten before it is waited for.
 
     def note(self, stream: int) -> None:
-        """Remember that a kernel is queued on a stream."""
+        """Remember that a kernel has been queued on a stream."""
+        if stream == PER_THREAD:
+            with self._threads_lock:
+                self._threads.add(threading.get_ident())
+            return
         if len(self.streams) >= _MANY_STREAMS:
-            for other in list(self.streams):
-                if not self._context.capturing(other) and self._context.idle(other):
-                    self.streams.pop(other, None)
-        self.streams[stream] = self._context.keeper(stream)
+            self._forget_idle_streams()
+        self.streams[int(stream)] = self._context.keeper(stream)
+
+    def _forget_idle_streams(self) -> None:
+        for stream, keeper in list(self.streams.items()):
+            if keeper is None:  # it may be gone, and must not be asked
+                continue
+            self.streams.pop(stream, None)
+            if self._context.capturing(stream) or not self._context.idle(stream):
+                self.streams.setdefault(stream, keeper)
 
     def take(self) -> Invalid | None:
         """Wait for the streams that were noted; return what kernels added, and clear it.
@@ -132,14 +149,31 @@ class DeviceReport:
         A kernel takes the words, under the same lock as kernels that add to them, so that nothing
         that is added meanwhile is lost.
         """
-        noted = list(self.streams)
-        for stream in noted:
-            self._context.wait(stream)
-        for stream in noted:
-            self.streams.pop(stream, None)
         with self._lock:
+            self._wait()
             count, _, row, value = self._exchange()
             return self._last.read(count, row, value)
+
+    def _wait(self) -> None:
+        for stream in list(self.streams):
+            keeper = self.streams.pop(stream, None)
+            try:
+                self._context.wait(stream)
+            except BaseException:
+                self.streams.setdefault(stream, keeper)
+                raise
+        with self._threads_lock:
+            threads, self._threads = self._threads, set()
+        try:
+            if threads - {threading.get_ident()}:
+                # The default stream of another thread cannot be named here.
+                self._context.wait_for_all_streams()
+            elif threads:
+                self._context.wait(PER_THREAD)
+        except BaseException:
+            with self._threads_lock:
+                self._threads |= threads
+            raise
 
     def _exchange(self) -> list[int]:
         words = np.empty(len(EMPTY), np.int64)
@@ -153,3 +187,13 @@ class DeviceReport:
             runtime.memcpyAsync(words.ctypes.data, room, words.nbytes, kind, stream)
             runtime.streamSynchronize(stream)
         return [int(word) for word in words]
+
+
+class UnreadReport(DeviceReport):
+    """A report that nobody reads, so no stream has to be remembered."""
+
+    def note(self, stream: int) -> None:
+        """Avoid being called for this stream each time; keep nothing alive."""
+        if len(self.streams) >= _MANY_STREAMS:
+            self.streams.clear()
+        self.streams[int(stream)] = None

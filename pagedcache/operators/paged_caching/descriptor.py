@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pagedcache.operators.base import NO_WORKSPACE, Operation
 from pagedcache.operators.paged_caching.explain import SlotExplanation
-from pagedcache.operators.paged_caching.info import NAMES, RULES, PagedCachingInfo
+from pagedcache.operators.paged_caching.info import RULES, PagedCachingInfo
 from pagedcache.operators.paged_caching.inspect import inspect
 from pagedcache.status import BadParamError, BadParamTypeError, InvalidSlotError, shown
 
 if TYPE_CHECKING:
     from pagedcache.backend.handle import Handle
-    from pagedcache.backend.protocol import Invalid
+    from pagedcache.backend.protocol import Invalid, LaunchConfig
     from pagedcache.display import Rows
     from pagedcache.operators.careful import Inspect
 
@@ -43,8 +43,8 @@ class Descriptor(Operation[PagedCachingInfo]):
     """
 
     name: ClassVar[str] = "paged_caching"
-    arguments: ClassVar[tuple[str, ...]] = NAMES
-    free: ClassVar[frozenset[str]] = frozenset(("k", "v", "slot_mapping"))
+    arguments: ClassVar[tuple[str, ...]] = RULES["HND"].names
+    free: ClassVar[frozenset[str]] = RULES["HND"].free_names
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_caching.cpu:PagedCaching",
         "cuda": "pagedcache.operators.paged_caching.nvidia:PagedCaching",
@@ -111,7 +111,9 @@ class Descriptor(Operation[PagedCachingInfo]):
         Notes
         -----
         On CUDA this compiles the kernel, which takes about 0.1 s the first time; later processes
-        find it in CuPy's cache on disk. Create a descriptor before a stream capture begins.
+        find it in CuPy's cache on disk. Create a descriptor before a stream capture begins. Each
+        one takes 64 bytes of device memory until the process ends, because a graph may write to
+        them even after `destroy`.
         """
         return cls._create(
             (k_cache, v_cache, k, v, slot_mapping),
@@ -191,7 +193,8 @@ class Descriptor(Operation[PagedCachingInfo]):
         """Return a function that queues the write of these arrays each time it is called.
 
         For buffers that stay where they are and are refilled, as for a CUDA graph. The arrays are
-        checked here, once, and kept alive by the function.
+        checked here, once, and kept alive by the function. They must stay as they are: it goes
+        unnoticed if one is resized, gets other memory, or requires grad later on.
 
         Parameters
         ----------
@@ -224,11 +227,66 @@ class Descriptor(Operation[PagedCachingInfo]):
         stream: int | None = None,
     ) -> None:
         """Write as many tokens as at `create`, given addresses, as in C; 0 is NULL."""
-        if workspace_size is not NO_WORKSPACE or not self.latest(
-            k_cache, v_cache, k, v, slot_mapping, stream or 0
+        matcher = self.matchers.get(int)  # of addresses
+        if (
+            matcher is None
+            or workspace_size is not NO_WORKSPACE
+            or not (type(workspace) is int or workspace is None)
+            or not (type(stream) is int or stream is None)
+            or not matcher(k_cache, v_cache, k, v, slot_mapping, stream or 0)
         ):
             addresses = (k_cache, v_cache, k, v, slot_mapping)
             self._run_at(addresses, workspace, workspace_size, stream)
+
+    def launch_config(self, num_tokens: int) -> LaunchConfig:
+        """Return the launch that `calculate` makes for this many tokens.
+
+        Parameters
+        ----------
+        num_tokens : int
+
+        Returns
+        -------
+        LaunchConfig
+
+        Raises
+        ------
+        BadParamError
+            `num_tokens` is not an int, or is negative.
+        DestroyedError
+            After `destroy`.
+        """
+        return self._launch_config("num_tokens", num_tokens)
+
+    def check(self) -> None:
+        """Raise if the calls since the last check met a slot past the end of the cache.
+
+        For descriptors with ``on_invalid="skip"``. On CUDA this waits for the streams that the
+        descriptor was run on since then, and for nothing else: other threads can go on, and can
+        capture. A stream that was passed as an int must still exist.
+
+        Calls in a CUDA graph are reported too, but a replay is not waited for: synchronize its
+        stream first. Slots that other threads meet meanwhile are reported now or next time.
+
+        Raises
+        ------
+        InvalidSlotError
+            With the first token whose slot was invalid, its slot in the earliest such call, the
+            number of such tokens in all calls, and the capacity of the cache.
+        LaunchError
+            Something that was queued on these streams failed.
+        NotSupportedError
+            One of these streams is being captured, or is CUDA's default stream while a stream that
+            blocks it is being captured.
+        DestroyedError
+            After `destroy`.
+
+        Notes
+        -----
+        If other threads ran this descriptor on the per-thread default stream, this waits for all
+        streams of the device, since nothing else can name theirs.
+        """
+        super().check()
 
     def explain(self, slot_or_token: int, slot_mapping: Any = None) -> SlotExplanation:
         """Show where a token goes: its block, offset, and bytes in each cache.
@@ -256,7 +314,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         self._alive()
         try:
             slot, token = operator.index(slot_or_token), None
-        except TypeError:
+        except Exception:  # of whatever was given
             rule = "must be an int"
             raise BadParamTypeError("slot_or_token", rule, shown(slot_or_token)) from None
         if slot_mapping is not None:
@@ -268,7 +326,7 @@ class Descriptor(Operation[PagedCachingInfo]):
                 raise BadParamTypeError("slot_mapping", rule, type(slot_mapping)) from error
             if found is None:
                 rule = f"must be one of the {count} tokens of slot_mapping"
-                raise BadParamError("slot_or_token", rule, slot)
+                raise BadParamError("slot_or_token", rule, shown(slot))
             slot, token = found, slot
         if not -(2**63) <= slot < 2**63:
             raise BadParamError("slot_or_token", "must fit in 64 bits", shown(slot))
@@ -308,8 +366,3 @@ class Descriptor(Operation[PagedCachingInfo]):
             launch = f"grid {config.grid}, block {config.block}"
             rows.append((f"launch for {info.num_tokens} tokens", launch))
         return rows
-
-
-assert Descriptor.free == {
-    rule.name for rule in RULES["HND"].tensors if rule.axes[0] == RULES["HND"].free
-}

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pagedcache.cache.layout import LAYOUTS, resolve_layout
 from pagedcache.dtypes import BF16, F16, F32, I32, I64, Dtype
 from pagedcache.operators.rules import Rule, Rules
-
-if TYPE_CHECKING:
-    from pagedcache.tensors import TensorDescriptor
+from pagedcache.status import BadParamTypeError, shown
+from pagedcache.tensors import TensorDescriptor
 
 NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
 DTYPES = (F16, BF16, F32)
@@ -129,12 +127,17 @@ class PagedCachingInfo:
         ------
         BadParamError
             Unknown layout, or none is given and the shapes allow both.
+        BadParamTypeError
+            An argument is not a `TensorDescriptor`.
         BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
             The message names the tensor, the rule and what was found.
         """
+        described = dict(zip(NAMES, (k_cache, v_cache, k, v, slot_mapping), strict=True))
+        for name, tensor in described.items():
+            if not isinstance(tensor, TensorDescriptor):
+                raise BadParamTypeError(name, "must be a TensorDescriptor", shown(tensor))
         layout = resolve_layout(layout, k_cache.shape, k.shape)
         rules = RULES[layout]
-        described = dict(zip(NAMES, (k_cache, v_cache, k, v, slot_mapping), strict=True))
         sizes = rules.check(described)
         axes = LAYOUTS[layout]
         k_steps, v_steps = (

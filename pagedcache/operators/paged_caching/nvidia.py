@@ -114,8 +114,6 @@ class PagedCaching(Implementation):
                 return
             plan = self._plan(kernel, tokens)
         launches, prepare, blocks = plan
-        if stream not in self._streams:
-            self._report.note(stream)
         # pop and append of a list are atomic, so no two threads get the same launch.
         try:
             launch = launches.pop()
@@ -124,6 +122,8 @@ class PagedCaching(Implementation):
         launch.pack(k, v, slots, tokens, k_cache, v_cache)
         launch.run(blocks, stream)
         launches.append(launch)
+        if stream not in self._streams:
+            self._report.note(stream)
 
     def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
         """Return a function of a stream that queues the same write each time."""
@@ -142,14 +142,14 @@ class PagedCaching(Implementation):
         launches = [packed()]
 
         def queue(stream: int) -> None:
-            if stream not in streams:
-                note(stream)
             try:
                 launch = launches.pop()
             except IndexError:
                 launch = packed()
             launch.run(blocks, stream)
             launches.append(launch)
+            if stream not in streams:
+                note(stream)
 
         return queue
 
@@ -186,7 +186,6 @@ class PagedCaching(Implementation):
         stream: int,
     ) -> None:
         """Make several launches for a write of more vectors than one kernel can count."""
-        self._report.note(stream)
         for done in range(0, tokens, kernel.most_tokens):
             part = min(tokens - done, kernel.most_tokens)
             grid = kernel.grid(part)
@@ -195,6 +194,7 @@ class PagedCaching(Implementation):
             slots_at = slots + done * self._slot_size
             launch.pack(k_at, v_at, slots_at, part, k_cache, v_cache)
             launch.run(grid.blocks(part), stream)
+            self._report.note(stream)
 
 
 class _Kernel:

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the house (see ARCHITECTURE.md), and what every file begins with."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pagedcache as pc
+
+PACKAGE = Path(pc.__file__).parent
+CHECKOUT = Path(__file__).parents[1]
+# From the ground up; each imports those of its own floor and below.
+FLOORS = (
+    {"status", "locks", "display", "environment", "dtypes", "tensors", "plot", "cache"},
+    {"arrays"},
+    {"backend"},
+    {"operators"},
+    {"infiniop", "compat", "torch"},
+    {"__init__"},
+    {"demo", "bench", "__main__"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imported_rooms(path):
+    """Yield the top-level names of this package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            package, _, rest = module.partition(".")
+            if package == "pagedcache":
+                room = rest.split(".")[0]
+                yield room if room in FLOOR_OF else "__init__"
+
+
+def test_imports_go_down():
+    seen = set()
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        seen.add(room)
+        for other in imported_rooms(path):
+            assert FLOOR_OF[other] <= FLOOR_OF[room], f"{path} imports {other}, which is above it"
+    assert seen == set(FLOOR_OF)
+
+
+def test_every_source_file_names_its_licence():
+    if not (CHECKOUT / "pyproject.toml").exists():
+        pytest.skip("there is no checkout here")
+    folders = ("pagedcache", "cuda_src", "tests")
+    files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*")]
+    files = [path for path in files if path.suffix in (".py", ".cuh", ".h")]
+    assert len(files) > 90
+    for path in [*files, CHECKOUT / "run.py"]:
+        first = path.read_text("utf-8").split("\n", 1)[0]
+        assert first.endswith("SPDX-License-Identifier: Apache-2.0"), path
