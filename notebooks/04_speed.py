@@ -87,25 +87,19 @@ Image((NOTES / "h200.png").read_bytes())
 # %%
 h200 = json.loads((NOTES / "h200.json").read_text())
 names = ("memcpy", "pagedcache", "SGLang", "FlashInfer", "vLLM")
-
-
-def recorded(inputs):
-    """Return the microseconds of one write in layout HND: number of tokens -> name -> us."""
-    wanted = {"layout": "HND", "inputs": inputs}
-    for result in h200["gpu"]:
-        if wanted.items() <= result["axes"].items():
-            return {row["tokens"]: row["us"] for row in result["rows"]}
-    raise LookupError(f"{NOTES / 'h200.json'} has no result for {wanted}")
-
-
-cold, hot = recorded("cold"), recorded("hot")
-print(h200["machine"]["device"])
-for inputs, by_tokens in (("cold", cold), ("hot", hot)):
+recorded = {  # inputs -> number of tokens -> name -> microseconds
+    result["axes"]["inputs"]: {row["tokens"]: row["us"] for row in result["rows"]}
+    for result in h200["gpu"]
+    if result["axes"]["layout"] == "HND"
+}
+print(f"{h200['machine']['device']}, pagedcache {h200['machine']['pagedcache']}")
+for inputs, by_tokens in recorded.items():
     print(f"\nGPU time of one write, {inputs} inputs, us")
     print(f"{'tokens':>8}" + "".join(f"{name:>12}" for name in names))
     for tokens, us in by_tokens.items():
         print(f"{tokens:>8}" + "".join(f"{us[name]:>12.2f}" for name in names))
 
+cold = recorded["cold"]
 large = cold[65536]
 print(f"\n65536 tokens, cold: {large['memcpy'] / large['pagedcache']:.3f} of the rate of a copy")
 assert large["memcpy"] / large["pagedcache"] > 0.95
@@ -138,12 +132,13 @@ def print_host_times(times):
     """Print the microseconds of one call: name -> column -> us."""
     print(f"{'':<22}" + "".join(f"{column:>13}" for column in columns))
     for name, row in times.items():
-        print(f"{name:<22}" + "".join(f"{row[column]:>13.2f}" for column in columns))
+        cells = (f"{row[column]:.2f}" if column in row else "-" for column in columns)
+        print(f"{name:<22}" + "".join(f"{cell:>13}" for cell in cells))
 
 
 print("H200, recorded: host time of one call, us")
 print_host_times(h200["host"])
-assert all(row[column] > 0 for row in h200["host"].values() for column in columns)
+assert all(us > 0 for row in h200["host"].values() for us in row.values())
 if on_gpu:
     print("\nHere: host time of one call, us")
     print_host_times(here["host"])

@@ -829,3 +829,47 @@ def test_steps_that_are_never_taken_may_be_anything():
             descriptor.calculate(k_cache, v_cache, odd, v, slots)
             descriptor.calculate(*case.arrays())
     same(case, wanted)
+
+
+def test_guards_of_a_number_of_rows_that_was_seen():
+    """They are of exact lengths, so other lengths of K and V are looked at anew each time."""
+    pytest.importorskip("torch")
+    find.library_of("k", in_torch(np.zeros(3)))
+    ran = []
+    call = call_for(five(), in_torch, ran)
+    for rows_of_k, rows_of_v in ((5, 5), (7, 5), (4, 5), (5, 9), (5, 4), (7, 9), (0, 5), (5, 5)):
+        given = five(k=np.zeros((rows_of_k, 3, 8), "f2"), v=np.zeros((rows_of_v, 3, 8), "f2"))
+        fine = min(rows_of_k, rows_of_v) >= 5
+        for _ in range(2):
+            assert call(*map(in_torch, given.values()), None) is fine
+    assert {each[0] for each in ran} == {5}
+    assert len(ran) == 2 * 5
+
+
+def test_guards_are_forgotten_when_there_are_many(monkeypatch):
+    pytest.importorskip("torch")
+    from pagedcache.arrays import torch as room
+
+    made, ran = [], []
+
+    class Seen(room._Guards):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(room, "_Guards", Seen)
+    monkeypatch.setattr(room, "MOST_GUARDS", 3)
+    find.library_of("k", in_torch(np.zeros(3)))
+    call = call_for(five(), in_torch, ran)
+    [guards] = made
+    for rows in (1, 2, 3, 4, 1, 5, 2, 2, 3, 4):
+        given = five(
+            k=np.zeros((rows, 3, 8), "f2"), v=np.zeros((rows, 3, 8), "f2"),
+            slot_mapping=np.zeros(rows, "i8"),
+        )  # fmt: skip
+        assert call(*map(in_torch, given.values()), None)
+        assert rows in guards
+        assert len(guards) <= 3
+        short = {**given, "k": given["k"][1:]}
+        assert not call(*map(in_torch, short.values()), None)
+    assert [each[0] for each in ran] == [1, 2, 3, 4, 1, 5, 2, 2, 3, 4]

@@ -752,3 +752,19 @@ def test_distances_that_are_remembered_are_bounded(monkeypatch):
             descriptor.calculate(memory[0], memory[far], row, row, slots)
             assert len(descriptor._arguments.apart[0, 1]) <= 3
     assert (memory[1:, 0, 0, 1] == 1).all()
+
+
+def test_numbers_of_c():
+    """Those of infinicore.h, on which programs in other languages rely."""
+    assert {status.name: int(status) for status in Status} == {
+        "SUCCESS": 0, "INTERNAL_ERROR": 1, "NOT_IMPLEMENTED": 2, "BAD_PARAM": 3, "NULL_POINTER": 4,
+        "DEVICE_TYPE_NOT_SUPPORTED": 5, "DEVICE_NOT_FOUND": 6, "DEVICE_NOT_INITIALIZED": 7,
+        "DEVICE_ARCHITECTURE_NOT_SUPPORTED": 8, "BAD_TENSOR_DTYPE": 10, "BAD_TENSOR_SHAPE": 11,
+        "BAD_TENSOR_STRIDES": 12, "INSUFFICIENT_WORKSPACE": 13,
+    }  # fmt: skip
+    dtypes = {"F16": 12, "F32": 13, "BF16": 19, "I32": 5, "I64": 6, "F64": 14, "BOOL": 2}
+    assert {name: int(infiniop.InfiniDtype[name]) for name in dtypes} == dtypes
+    assert (int(infiniop.InfiniDevice.CPU), int(infiniop.InfiniDevice.NVIDIA)) == (0, 1)
+    for number, name in ((12, "float16"), (13, "float32"), (19, "bfloat16"), (5, "int32")):
+        status, tensor = infiniop.infiniopCreateTensorDescriptor(1, (3,), None, number)
+        assert (status, tensor.dtype.name) == (Status.SUCCESS, name)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from layouts import cases, expected, forget, same, simple_case
 
 import pagedcache as pc
@@ -183,3 +187,112 @@ def test_strided_slots_after_one_slot_of_the_same_step():
     pc.paged_caching(k_cache, v_cache, k, v, wide[:1:2])
     with pytest.raises(ValueError, match="slot_mapping must have stride"):
         pc.paged_caching(k_cache, v_cache, k, v, wide[::2])
+
+
+@st.composite
+def runs_of_slots(draw):
+    """Draw slots in runs, as prompts have them: whole blocks, parts of blocks, and gaps."""
+    blocks, block_size = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    free = list(draw(st.permutations(range(blocks))))
+    slots = []
+    while free:
+        taken = [free.pop()]
+        while taken[-1] + 1 in free and draw(st.booleans()):  # one run of several blocks
+            free.remove(taken[-1] + 1)
+            taken.append(taken[-1] + 1)
+        first, end = taken[0] * block_size, (taken[-1] + 1) * block_size
+        run = list(range(first + draw(st.integers(0, 1)), end - draw(st.integers(0, 1))))
+        if draw(st.integers(0, 3)) == 0:
+            run.reverse()
+        if run and draw(st.integers(0, 3)) == 0:
+            run[draw(st.integers(0, len(run) - 1))] = draw(
+                st.sampled_from([-1, blocks * block_size])
+            )
+        slots += run + [-1] * draw(st.integers(0, 2))
+    return blocks, block_size, slots
+
+
+@settings(max_examples=400, deadline=None)
+@given(runs_of_slots(), st.sampled_from(["HND", "NHD"]), st.integers(1, 2), st.booleans())
+def test_any_order_of_slots(drawn, layout, heads, apart):
+    blocks, block_size, slots = drawn
+    case = simple_case(len(slots), heads, 3, 4, blocks, block_size, layout=layout)
+    case.views["slot_mapping"][...] = slots
+    wanted = expected(case)
+    arrays = case.arrays()
+    if apart:  # rows of V that are not contiguous, while those of K are
+        arrays[3] = np.concatenate([arrays[3]] * 2, -1)[..., :4]
+    pc.paged_caching(*arrays, layout=layout)
+    same(case, wanted)
+
+
+def test_bound_writes():
+    case = simple_case()
+    slots = case.views["slot_mapping"]
+    descriptor = pc.Descriptor.create(*case.arrays())
+    write = descriptor.bind(*case.arrays())
+    at_addresses = descriptor.bind(*case.addresses(), stream=3)
+    for turn in range(6):
+        for name in ("k", "v"):
+            case.buffers[name][...] = turn + 1
+        slots[...] = np.roll(np.arange(9) * 3, turn)
+        wanted = expected(case)
+        (write, at_addresses)[turn % 2]()
+        same(case, wanted)
+    k_cache, v_cache, k, v, _ = case.arrays()
+    wanted = case.copy().buffers
+    descriptor.bind(k_cache, v_cache, k[:0], v, slots[:0])()
+    same(case, wanted)
+    slots[4] = 28
+    write()
+    with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[4\] = 28"):
+        descriptor.check()
+    raising = pc.Descriptor.create(*case.arrays(), on_invalid="raise").bind(*case.arrays())
+    for _ in range(2):
+        with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[4\] = 28"):
+            raising()
+    for bad in (
+        (k_cache, k_cache, k, v, slots),
+        (k_cache, v_cache, k[:3], v, slots),
+        (k_cache, v_cache, k, v, slots.astype(np.int32)),
+        (k_cache[:3], v_cache, k, v, slots),
+    ):
+        with pytest.raises(pc.PagedCacheError):
+            descriptor.bind(*bad)
+    descriptor.destroy()
+    before = case.copy().buffers
+    for call in (write, at_addresses, lambda: descriptor.bind(*case.arrays())):
+        with pytest.raises(RuntimeError, match="has been destroyed"):
+            call()
+    same(case, before)
+
+
+def test_a_bound_write_keeps_its_arrays_and_nothing_else_does():
+    arrays = [array.copy() for array in simple_case().arrays()]
+    alive = [weakref.ref(array) for array in arrays]
+    descriptor = pc.Descriptor.create(*arrays)
+    descriptor.calculate(*arrays)
+    write = descriptor.bind(*arrays)
+    del arrays
+    gc.collect()
+    assert all(one() is not None for one in alive)
+    write()
+    del write
+    gc.collect()
+    assert not any(one() is not None for one in alive)
+
+
+def test_arrays_that_are_known_are_refused_after_destroy():
+    case = simple_case()
+    descriptor = pc.Descriptor.create(*case.arrays())
+    for _ in range(2):
+        descriptor.calculate(*case.arrays())
+        descriptor.calculate(*case.addresses())
+    descriptor.destroy()
+    for name in ("k", "v"):
+        case.buffers[name][...] = 0
+    before = case.copy().buffers
+    for five in (case.arrays(), case.addresses()):
+        with pytest.raises(RuntimeError, match="has been destroyed"):
+            descriptor.calculate(*five)
+    same(case, before)

@@ -249,3 +249,17 @@ def test_options(option, kind, words):
         with pytest.raises(kind, match=words.replace("[", r"\[")) as caught:
             call(*case.arrays(), **option)
         assert caught.value.status == Status.BAD_PARAM
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_all_that_is_finite_is_written(make, dtype):
+    case = simple_case(dtype=dtype)
+    case.views["slot_mapping"][...] = np.arange(9)
+    limits = ml_dtypes.finfo(dtype)
+    extremes = [limits.max, limits.min, limits.tiny, limits.smallest_subnormal, -0.0, 0.0, 1, -1]
+    case.views["k"][...] = np.array(extremes, dtype)
+    case.views["v"][...] = np.array(extremes[::-1], dtype)
+    wanted = expected(case)
+    with make(case) as descriptor:
+        descriptor.calculate(*case.arrays())
+    same(case, wanted)

@@ -452,3 +452,72 @@ def test_programmatic_launch_is_tried_before_it_is_used(
     if wanted:
         assert launched == [7, 7]
         assert runtime.calls == ["begin_capture", "end_capture"]
+
+
+def test_compiles_once_and_keeps_what_it_compiled(device, monkeypatch):
+    from pagedcache.backend.nvidia import device as room
+
+    asked, kernels = [], {}
+
+    class Kernel:
+        def __init__(self, ptr):
+            self.ptr = ptr
+
+    class Module:
+        def __init__(self, *, code, options, name_expressions):
+            asked.append((code, options, name_expressions))
+            self.known = name_expressions
+
+        def get_function(self, expression):
+            assert expression in self.known
+            kernel = Kernel(1000 * len(asked) + self.known.index(expression))
+            kernels[kernel.ptr] = weakref.ref(kernel)
+            return SimpleNamespace(kernel=kernel)
+
+    monkeypatch.setattr(room.cupy, "RawModule", Module, raising=False)
+    monkeypatch.setattr(device, "_try_programmatic", lambda: True)
+    assert device.programmatic is None
+    for _ in range(2):
+        assert device.compile("common.cuh", ("one", "two")) == [1000, 1001]
+    assert device._take_report == 1002
+    assert device.programmatic is True
+    for _ in range(2):
+        assert device.compile("common.cuh", ("three",)) == [2000]
+        assert device.compile("paged_caching.cuh", ("one", "two")) == [3000, 3001]
+    assert [names for _, _, names in asked] == [("one", "two", TAKE), ("three", TAKE),
+                                                ("one", "two", TAKE)]  # fmt: skip
+    assert {options for _, options, _ in asked} == {("--std=c++17",)}
+    assert "#include" not in asked[2][0]
+    assert device._take_report == 1002
+    gc.collect()
+    assert all(kernel() is not None for kernel in kernels.values())
+
+
+@pytest.mark.parametrize(("text", "capability"), [("70", (7, 0)), ("90", (9, 0)), ("120", (12, 0))])
+def test_what_a_device_says_about_itself(runtime, monkeypatch, text, capability):
+    from pagedcache.backend.nvidia import device as room
+
+    attributes = {
+        "MultiProcessorCount": 132, "MaxThreadsPerBlock": 1024, "MaxGridDimX": 2**31 - 1,
+        "MaxGridDimY": 65535, "MaxGridDimZ": 65535, "MaxBlockDimX": 512,
+        "MaxThreadsPerMultiProcessor": 2048,
+    }  # fmt: skip
+    fake = SimpleNamespace(compute_capability=text, attributes=attributes)
+    monkeypatch.setattr(room.cupy.cuda, "Device", lambda index: fake)
+    monkeypatch.setattr(
+        runtime, "getDeviceProperties", lambda index: {"name": b"NVIDIA Test"}, raising=False
+    )
+    assert room._query(0) == limits(capability)
+
+
+def test_streams_of_other_libraries(device):
+    of_torch = [SimpleNamespace(cuda_stream=2**40, device_index=index) for index in (0, 1)]
+    assert device.stream(of_torch[0]) == 2**40
+    with pytest.raises(ValueError, match="must be a stream on cuda:0, got one on cuda:1"):
+        device.stream(of_torch[1])
+    assert device.stream(type("", (), {"__cuda_stream__": lambda self: (0, 9)})()) == 9
+    assert [device.stream(handle) for handle in (0, 1, 77)] == [0, 1, 77]
+    assert device.stream(None) == 3
+    for odd in (1.5, "x", object()):
+        with pytest.raises(TypeError, match="stream must be None, a CuPy or PyTorch stream"):
+            device.stream(odd)

@@ -13,6 +13,7 @@ from host_device import HostDevice, descriptor_on
 from layouts import expected, same, simple_case
 
 import pagedcache as pc
+from pagedcache.display import as_html
 from pagedcache.status import Status
 
 CAPACITY = 7 * 4
@@ -240,3 +241,10 @@ def test_html_of_a_descriptor():
         assert words in page
     descriptor.destroy()
     assert "destroyed" in descriptor._repr_html_()
+
+
+def test_html_is_escaped():
+    page = as_html([("a < b", "<script>x && y</script>")])
+    assert "<script" not in page
+    assert "a &lt; b" in page
+    assert "x &amp;&amp; y" in page

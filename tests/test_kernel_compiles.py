@@ -23,17 +23,21 @@ INSTANCES = [
     if width >= (4 if dtype == "float32" else 2)
 ]
 # What CuPy adds to every compilation; neither an include path nor a header is given.
-OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
+CUPYS_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
 REPORT = "--ptxas-options=-v"
 
 
 def compile_for(architecture, text, expressions):
+    from pagedcache.backend.nvidia.device import OPTIONS
+
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
     try:
         for expression in expressions:
             nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(program, (*OPTIONS, REPORT, f"-arch=sm_{architecture}"))
+            nvrtc.compileProgram(
+                program, (*OPTIONS, *CUPYS_OPTIONS, REPORT, f"-arch=sm_{architecture}")
+            )
         except nvrtc.NVRTCError:
             raise AssertionError(nvrtc.getProgramLog(program)) from None
         names = [nvrtc.getLoweredName(program, expression) for expression in expressions]
@@ -72,6 +76,8 @@ def test_every_instance_compiles(architecture):
             assert ("griddepcontrol.launch_dependents" in ahead) is gets_ahead
             assert ahead.count("prefetch.global.L2") == (3 if gets_ahead else 0)
             assert len(re.findall(r"(?:ld|st)\.global", after)) == 5
+        # A report is locked, unlocked and counted atomically.
+        assert re.findall(r"\b(?:atom|red)\.global\.(\w+)", body) == ["cas", "exch", "add"]
         assert ".local" not in body
         assert ".shared" not in body
         used = re.search(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,3 +277,147 @@ def test_out_of_bounds_on_purpose(compiler):
     case.views["slot_mapping"][...] = 6  # just behind the guard
     write = nvidia.PagedCaching(larger, HostDevice(compiler), HostReport(compiler))
     write.run(3, *case.addresses(), 0)
+
+
+LAUNCH_ROW = """
+template <typename Parameters>
+void launch_row(void (*kernel)(Parameters), unsigned int blocks, unsigned int rows,
+                unsigned int row, unsigned int threads, const void* parameters) {
+  blockDim = {threads, 1};
+  gridDim = {blocks, rows};
+  blockIdx.y = row;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+      kernel(*static_cast<const Parameters*>(parameters));
+}
+"""
+
+
+class OneRow(HostDevice):
+    """A device that runs one row of the blocks of a grid, and forgets the other."""
+
+    row = 0
+
+    def compile(self, file, expressions):
+        more = LAUNCH_ROW + "".join(
+            f'extern "C" void row_{number}(unsigned int blocks, unsigned int rows, unsigned int '
+            f"row, unsigned int threads, const void* parameters) {{\n"
+            f"  launch_row({expression}, blocks, rows, row, threads, parameters);\n}}\n"
+            for number, expression in enumerate(expressions)
+        )
+        library = self.compiler.library(file, expressions, more)
+
+        def run(number, blocks, rows, threads, parameters):
+            function = getattr(library, f"row_{number}")
+            function(blocks, rows, self.row, threads, ctypes.c_void_p(parameters))
+
+        return [(each, partial(run, number)) for number, each in enumerate(expressions)]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_one_row_of_blocks_copies_k_and_the_other_v(compiler, row):
+    case = simple_case(tokens=40, heads=2, k_size=64, v_size=64, blocks=20)
+    case.views["slot_mapping"][-2:] = 80, 81  # past the end
+    name = ("k_cache", "v_cache")[row]
+    wanted = {**case.copy().buffers, name: expected(case)[name]}
+    device = OneRow(compiler, multiprocessors=0)
+    device.row = row
+    with descriptor_on(device, case) as descriptor:
+        descriptor.calculate(*case.arrays())
+        assert [rows for _, (_, rows), _ in device.launches] == [2]
+        same(case, wanted)
+        assert descriptor._report.take() == (None if row else Invalid(2, 38, 80))
+
+
+def test_caches_past_4_gib(compiler, tmp_path):
+    blocks = 2**31 // (16 * 64) + 8  # 8 GiB, of which a few pages are touched
+    k_cache, v_cache = (
+        np.memmap(tmp_path / name, np.float32, "w+", shape=(blocks, 1, 16, 64)) for name in "kv"
+    )
+    k = np.arange(1, 3 * 64 + 1, dtype=np.float32).reshape(3, 1, 64)
+    arrays = (k_cache, v_cache, k, k + 1, np.array([0, blocks * 16 - 1, blocks * 16]))
+    described = [pc.TensorDescriptor(array.dtype, array.shape) for array in arrays]
+    info = pc.PagedCachingInfo.create(*described)
+    named = dict(zip(pc.Descriptor.arguments, described, strict=True))
+    with pc.Descriptor(info, info.rules.expected(named), HostDevice(compiler)) as descriptor:
+        descriptor.calculate(*(array.ctypes.data for array in arrays))
+    for cache, rows in ((k_cache, k), (v_cache, k + 1)):
+        assert np.array_equal(cache[0, 0, 0], rows[0, 0])
+        assert np.array_equal(cache[-1, 0, -1], rows[1, 0])
+        assert not cache[0, 0, 1:].any()
+        assert not cache[-1, 0, :-1].any()
+
+
+@pytest.mark.parametrize("max_grid_x", [2**31 - 1, 2])
+def test_bound_writes(compiler, max_grid_x):
+    """Also those of several launches."""
+    case = simple_case(tokens=100, blocks=40, k_size=8, v_size=16)
+    device = HostDevice(compiler, max_grid_x=max_grid_x)
+    with descriptor_on(device, case) as descriptor:
+        write = descriptor.bind(*case.arrays())
+        for turn in range(4):
+            rng = np.random.default_rng(turn)
+            for name in ("k", "v", "k_cache", "v_cache"):
+                case.buffers[name][...] = rng.integers(0, 256, case.buffers[name].size)
+            case.views["slot_mapping"][...] = rng.permutation(161)[:100]
+            wanted, invalid = expected(case), invalid_slots(case)
+            write()
+            same(case, wanted)
+            assert descriptor._report.take() == invalid
+    assert (len(device.launches) > 4) is (max_grid_x == 2)
+
+
+def widths_of(compiler, info, several):
+    """Return the widths of the launches that writes at these addresses make."""
+    launched = []
+    device = HostDevice(compiler, multiprocessors=132)
+    device.prepare = lambda function, rows, threads, arguments: SimpleNamespace(
+        pack=lambda *words: None, run=lambda blocks, stream: launched.append(function[0])
+    )
+    write = nvidia.PagedCaching(info, device, HostReport(compiler))
+    for addresses in several:
+        write.run(9, *addresses, 0)
+    return [int(re.search(r", (\d+), \w+>$", expression)[1]) for expression in launched]
+
+
+ALIGNED = [at << 20 for at in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"),
+        *(f"{one}_cache_{axis}_stride" for one in "kv" for axis in ("block", "head", "slot")),
+    ],
+)
+def test_widest_access_that_strides_allow(compiler, name):
+    info = pc.PagedCachingInfo.create(*described_by(simple_case(heads=2, k_size=64, v_size=64)))
+    found = [
+        widths_of(
+            compiler, dataclasses.replace(info, **{name: getattr(info, name) + more}), [ALIGNED]
+        )
+        for more in (8, 4, 2, 1)
+    ]
+    assert found == [[16], [8], [4], [2]]
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_addresses_that_need_a_narrower_access_after_others(compiler, position):
+    """A number of tokens that was seen does not decide the width."""
+    info = pc.PagedCachingInfo.create(*described_by(simple_case(heads=2, k_size=64, v_size=64)))
+    moved = {
+        by: [at + by * (index == position) for index, at in enumerate(ALIGNED)] for by in (0, 2, 8)
+    }
+    for order in ((0, 2, 0, 8, 2), (2, 0, 8, 0)):
+        widths = {0: 16, 2: 2, 8: 8}
+        found = widths_of(compiler, info, [moved[by] for by in order])
+        assert found == [widths[by] for by in order]
+
+
+def test_misaligned_addresses_are_refused_after_others(compiler):
+    info = pc.PagedCachingInfo.create(*described_by(simple_case(heads=2, k_size=64, v_size=64)))
+    for position, name in enumerate(("k_cache", "v_cache", "k", "v", "slot_mapping")):
+        odd = list(ALIGNED)
+        odd[position] += 1
+        with pytest.raises(ValueError, match=f"{name} must start at a multiple of its item size"):
+            widths_of(compiler, info, [ALIGNED, odd])

@@ -8,13 +8,14 @@ import types
 
 import numpy as np
 import pytest
-from layouts import forget, simple_case
+from layouts import expected, forget, same, simple_case
+from test_arrays import torch_view
 
 import pagedcache as pc
 from pagedcache.backend import registry
 from pagedcache.backend.cpu import CpuReport
 from pagedcache.backend.protocol import Implementation, LaunchConfig
-from pagedcache.operators.one_call import MOST_KEPT, MOST_RECENT
+from pagedcache.operators.one_call import FOUND_OFTEN, MOST_KEPT, MOST_RECENT
 from pagedcache.status import Status
 
 
@@ -35,9 +36,10 @@ class ToyDevice:
     def __init__(self, index):
         self.name = f"toy:{index or 0}"
         self.calls = []
+        self.current = 4
 
     def current_stream(self):
-        return 4
+        return self.current
 
     def stream(self, stream):
         return {"mine": 5}[stream] if isinstance(stream, str) else stream
@@ -247,3 +249,99 @@ def test_the_least_recently_used_descriptors_are_forgotten(monkeypatch):
     write(2)
     assert made == [2]
     assert len(kept.recent) == MOST_RECENT
+
+
+@pytest.fixture
+def on_toy(clean):
+    """Return a case, and a descriptor of it on a toy device."""
+    pc.register_backend("toy", "toy_backend:Toy")
+    case = simple_case()
+    described = [pc.TensorDescriptor(a.dtype, a.shape, device="toy:3") for a in case.arrays()]
+    return case, pc.Descriptor.create(*described)
+
+
+def test_a_bound_write_runs_on_its_stream_or_on_the_current_one(on_toy):
+    case, descriptor = on_toy
+    device = descriptor._device
+    write, on_mine = (descriptor.bind(*case.addresses(), stream=s) for s in (None, "mine"))
+    for current in (4, 7, 0):
+        device.current = current
+        write()
+        on_mine()
+    assert [call[-1] for call in device.calls] == [4, 5, 7, 5, 0, 5]
+    assert {call[:-1] for call in device.calls} == {(9, *case.addresses())}
+
+
+def test_a_null_stream_in_c_is_the_default_one(on_toy):
+    case, descriptor = on_toy
+    for stream in (None, 0, None, 6, None):
+        status = pc.infiniop.infiniopPagedCaching(descriptor, None, 0, *case.addresses(), stream)
+        assert status == Status.SUCCESS
+    assert [call[-1] for call in descriptor._device.calls] == [0, 0, 0, 6, 0]
+
+
+def test_arrays_that_differ_in_one_thing_alone_have_descriptors_of_their_own(monkeypatch):
+    kept = forget(monkeypatch)
+    pool = np.zeros((2, 7, 3, 4, 16), np.float16)
+    rows = np.ones((9, 3, 16), np.float16)
+    k, v, slots = rows[..., :8], rows[..., 8:], np.arange(9)
+    plain = np.zeros((2, 7, 3, 4, 8), np.float16)
+    variants = [
+        (plain[0], plain[1], k, v, slots),
+        (pool[0, ..., :8], plain[1], k, v, slots),  # strides of a cache
+        (plain[0], pool[1, ..., 8:], k, v, slots),
+        (plain[0], plain[1], k.copy(), v, slots),  # strides of a source
+        (*plain.astype("bfloat16"), *np.split(rows.astype("bfloat16"), 2, -1), slots),
+        (np.zeros((8, 3, 4, 8), np.float16), np.zeros((8, 3, 4, 8), np.float16), k, v, slots),
+    ]
+    for _ in range(2):
+        for arrays in variants:
+            for cache in arrays[:2]:
+                cache[...] = 0
+            pc.paged_caching(*arrays)
+            for cache in arrays[:2]:
+                written = cache.transpose(0, 2, 1, 3).reshape(-1, 3, 8)
+                assert (written[:9] == 1).all()
+                assert not (written[9:] != 0).any()
+    assert len(kept._kept) == len(variants)
+
+
+def test_a_descriptor_that_is_found_often_is_tried_first(monkeypatch):
+    """And one that is found now and then is not, since several would change places all the time."""
+    kept = forget(monkeypatch)
+    cases = [simple_case(heads=heads) for heads in (2, 3)]
+    for case in cases:
+        pc.paged_caching(*case.arrays())
+    *_, descriptor = kept.recent[0]
+    assert descriptor.info.num_kv_heads == 3
+    for _ in range(FOUND_OFTEN - 1):
+        pc.paged_caching(*cases[0].arrays())
+        assert kept.recent[0][-1] is descriptor
+    pc.paged_caching(*cases[0].arrays())
+    assert [entry[-1].info.num_kv_heads for entry in kept.recent] == [2, 3]
+    for case in cases:
+        case.buffers["k_cache"][...] = 0
+        wanted = expected(case)
+        pc.paged_caching(*case.arrays())
+        same(case, wanted)
+    assert len(kept._kept) == len(kept.recent) == 2
+
+
+def test_libraries_in_turn_share_a_descriptor(monkeypatch):
+    pytest.importorskip("torch")
+    kept = forget(monkeypatch)
+    made, create = [], kept._create
+    kept._create = lambda *arguments: made.append(1) or create(*arguments)
+    case = simple_case()
+    slots = case.views["slot_mapping"]
+    for turn in range(12):
+        tokens = 9 - turn % 3
+        slots[...] = np.random.default_rng(turn).permutation(28)[:9]
+        arrays = [*case.arrays()[:2], *(array[:tokens] for array in case.arrays()[2:])]
+        wanted = case.copy()
+        pc.Descriptor.create(*arrays).calculate(*wanted.arrays()[:2], *arrays[2:])
+        if turn % 2:
+            arrays = [torch_view(array) for array in arrays]
+        pc.paged_caching(*arrays)
+        same(case, wanted.buffers)
+    assert len(made) == len(kept._kept) == len(kept.recent) == 1

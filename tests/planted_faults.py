@@ -1,0 +1,1352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plant faults, one at a time, and see whether the tests find them.
+
+    python tests/planted_faults.py [--jobs N] [--gpu] [--list] [name ...]
+
+Each fault is one edit that a refactoring could slip in. It is made in a temporary copy of the
+checkout, where the tests that should find it are run. The tests need no GPU, but g++, CuPy with
+NVRTC, and PyTorch; with ``--gpu``, the faults are those that only a GPU finds. pytest does not
+collect this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TIME_LIMIT = 240  # seconds for one fault; a test that hangs has found it
+
+FOUND, HANGS, NOT_FOUND, DOES_NOT_APPLY = "found", "found (hangs)", "NOT FOUND", "DOES NOT APPLY"
+
+# Tests that serve for many faults, as pytest names them in the folder of the tests.
+HOST = "test_kernel_on_host.py::"
+DEFINITION = f"{HOST}test_kernel_writes_what_the_definition_says"
+SM_90 = "test_kernel_compiles.py::test_every_instance_compiles[90]"
+SLOTS = "test_invalid_slots.py"
+ARRAYS, BAD_INPUT, DEVICE = "test_arrays.py", "test_bad_input.py::test_arrays", "test_device.py"
+CPU = "test_cpu.py::test_writes_what_the_definition_says"
+TORCH, REGISTRY, LAUNCH = "test_torch.py", "test_registry.py", "test_launch.py"
+
+# Files that many faults are in.
+KERNEL, COMMON = "cuda_src/paged_caching.cuh", "cuda_src/common.cuh"
+NVIDIA = "pagedcache/operators/paged_caching/nvidia.py"
+ON_CPU = "pagedcache/operators/paged_caching/cpu.py"
+BACKEND = "pagedcache/backend/nvidia"
+OPERATORS, ARRAY_LIBRARIES = "pagedcache/operators", "pagedcache/arrays"
+
+
+class Fault(NamedTuple):
+    """One edit, and the tests that should fail because of it.
+
+    Attributes
+    ----------
+    name : str
+    file : str
+        Relative to the checkout.
+    old, new : str
+        Text that must occur exactly once in the file, and what replaces it.
+    tests : tuple of str
+        Test files, or tests as ``file::test``, in the folder of the tests.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    # The kernel
+    Fault(
+        "the kernel does not wait for the kernel ahead",
+        KERNEL,
+        "  waitForKernelAhead();\n",
+        "",
+        (SM_90,),
+    ),
+    Fault(
+        "a prefetch reads what the kernel ahead may still write",
+        COMMON,
+        'asm volatile("prefetch.global.L2 [%0];"',
+        'asm volatile("{.reg .u16 x; ld.global.u16 x, [%0];}"',
+        (SM_90,),
+    ),
+    Fault(
+        "every kernel lets the next one start at once",
+        KERNEL,
+        "  if (kAhead) letNextKernelStart();",
+        "  letNextKernelStart();",
+        (SM_90,),
+    ),
+    Fault(
+        "a kernel that gets ahead starts the next one after its wait",
+        KERNEL,
+        "  if (kAhead) letNextKernelStart();",
+        "  if (!kAhead) letNextKernelStart();",
+        (SM_90,),
+    ),
+    Fault("V is not prefetched", KERNEL, "    if (has_v) prefetch(v_at);\n", "", (SM_90,)),
+    Fault(
+        "the slot just past the end is written",
+        KERNEL,
+        "static_cast<unsigned long long>(slot) < p.num_slots",
+        "static_cast<unsigned long long>(slot) <= p.num_slots",
+        (DEFINITION, SLOTS),
+    ),
+    Fault(
+        "negative slots are written",
+        KERNEL,
+        "static_cast<unsigned long long>(slot) < p.num_slots",
+        "slot < static_cast<long long>(p.num_slots)",
+        (DEFINITION,),
+    ),
+    Fault(
+        "V goes to the heads of K",
+        KERNEL,
+        "head * p.v_to.head_stride",
+        "head * p.k_to.head_stride",
+        (DEFINITION,),
+    ),
+    Fault(
+        "blocks are not stepped over in V",
+        KERNEL,
+        "block * p.v_to.block_step",
+        "block * p.k_to.block_step",
+        (DEFINITION,),
+    ),
+    Fault(
+        "both rows of blocks copy K",
+        KERNEL,
+        "has_k = first_row && in_row",
+        "has_k = in_row",
+        (f"{HOST}test_one_row_of_blocks_copies_k_and_the_other_v",),
+    ),
+    Fault(
+        "both rows of blocks report",
+        KERNEL,
+        "first_of_token = first_row && in_row",
+        "first_of_token = in_row",
+        (DEFINITION,),
+    ),
+    Fault(
+        "the vectors behind a shorter row of V are written",
+        KERNEL,
+        "last_row && in_row < p.v_vectors",
+        "last_row",
+        (DEFINITION,),
+    ),
+    Fault(
+        "the heads of a tile are counted from its tokens",
+        KERNEL,
+        "const unsigned int head = in_tile >> shift;",
+        "const unsigned int head = in_tile / p.tile_rows;",
+        (DEFINITION,),
+    ),
+    Fault(
+        "a tile that is not full is written past its tokens",
+        KERNEL,
+        "if (token >= p.call.tokens) return;",
+        "if (tile << shift >= p.call.tokens) return;",
+        (DEFINITION, f"{HOST}test_tiles"),
+    ),
+    Fault(
+        "offsets in a cache have 32 bits",
+        KERNEL,
+        "to * p.k_to.slot_stride + block * p.k_to.block_step;",
+        "static_cast<int>(to * p.k_to.slot_stride + block * p.k_to.block_step);",
+        (f"{HOST}test_caches_past_4_gib",),
+    ),
+    Fault(
+        "a second launch reports its own tokens",
+        KERNEL,
+        "p.first_token + token",
+        "token",
+        (f"{SLOTS}::test_a_call_that_takes_several_launches",),
+    ),
+    Fault(
+        "the slot just past the end is not reported",
+        KERNEL,
+        "slot >= static_cast<long long>(p.num_slots)",
+        "slot > static_cast<long long>(p.num_slots)",
+        (SLOTS,),
+    ),
+    Fault(
+        "a divisor is shifted by one bit less",
+        COMMON,
+        "                                     shift);",
+        "                                     (shift - 1));",
+        (f"{HOST}test_division_is_exact",),
+    ),
+    Fault(
+        "a report keeps the latest row",
+        COMMON,
+        "      if (row >= *lowest) return;\n      *lowest = row;",
+        "      *lowest = row < *lowest ? row - 1 : row;",
+        (SLOTS,),
+    ),
+    Fault(
+        "a report counts each row twice",
+        COMMON,
+        "atomicAdd(&to->count, 1ULL);",
+        "atomicAdd(&to->count, 2ULL);",
+        (SLOTS,),
+    ),
+    Fault(
+        "a report that is taken is not cleared",
+        COMMON,
+        "to->count = atomicExch(&from->count, 0ULL);",
+        "to->count = from->count;",
+        (SLOTS,),
+    ),
+    Fault(
+        "a row that is not counted yet is lost",
+        COMMON,
+        "if (to->count != 0) *row = kNoRow;",
+        "*row = kNoRow;",
+        (f"{HOST}test_a_row_that_is_not_counted_yet_stays",),
+    ),
+    Fault(
+        "invalid slots are not counted one at a time",
+        COMMON,
+        "atomicAdd(&to->count, 1ULL);",
+        "to->count += 1;",
+        (SM_90,),
+    ),
+    Fault(
+        "the lock of a report locks nobody out",
+        COMMON,
+        "if (atomicCAS(lock, 0ULL, 1ULL) != 0) return false;",
+        "*lock = 1;",
+        (SM_90,),
+    ),
+    # What a launch is made of
+    Fault(
+        "K and V are packed in the wrong order",
+        NVIDIA,
+        "launch.pack(k, v, slots, tokens, k_cache, v_cache)",
+        "launch.pack(v, k, slots, tokens, k_cache, v_cache)",
+        (DEFINITION,),
+    ),
+    Fault(
+        "a bound write packs the caches in the wrong order",
+        NVIDIA,
+        "launch.pack(k, v, slots, rows, k_cache, v_cache)",
+        "launch.pack(k, v, slots, rows, v_cache, k_cache)",
+        (f"{HOST}test_bound_writes",),
+    ),
+    Fault(
+        "a bound write of many tokens makes one launch",
+        NVIDIA,
+        "        if rows > kernel.most_tokens:\n",
+        "        if False:\n",
+        (f"{HOST}test_bound_writes",),
+    ),
+    Fault(
+        "the last tile has no threads",
+        NVIDIA,
+        "-(-(-(-tokens // self._tile) * self._per_tile) // self.threads)",
+        "-(-(tokens // self._tile * self._per_tile) // self.threads)",
+        (DEFINITION, f"{HOST}test_tiles"),
+    ),
+    Fault(
+        "the last block of threads is missing",
+        NVIDIA,
+        "-(-(-(-tokens // self._tile) * self._per_tile) // self.threads)",
+        "max(-(-tokens // self._tile) * self._per_tile // self.threads, 1)",
+        (DEFINITION,),
+    ),
+    Fault(
+        "the width does not depend on the heads of V",
+        NVIDIA,
+        "        info.v_head_stride,\n",
+        "",
+        (f"{HOST}test_widest_access_that_strides_allow",),
+    ),
+    Fault(
+        "the width does not depend on the slots of the K cache",
+        NVIDIA,
+        "        info.k_cache_slot_stride,\n",
+        "",
+        (f"{HOST}test_widest_access_that_strides_allow",),
+    ),
+    Fault(
+        "the width does not depend on the address of V",
+        NVIDIA,
+        "(k_cache | v_cache | k | v) & self._mask",
+        "(k_cache | v_cache | k) & self._mask",
+        (f"{HOST}test_addresses_that_need_a_narrower_access_after_others",),
+    ),
+    Fault(
+        "misaligned slots are refused by the first call only",
+        NVIDIA,
+        " or slots & self._slot_mask",
+        "",
+        (f"{HOST}test_misaligned_addresses_are_refused_after_others",),
+    ),
+    Fault(
+        "a narrow launch is kept for addresses that are aligned",
+        NVIDIA,
+        "        if kernel is self._widest:\n",
+        "        if True:\n",
+        (f"{HOST}test_addresses_that_need_a_narrower_access_after_others",),
+    ),
+    Fault(
+        "the second part of a call reads the slots of the first",
+        NVIDIA,
+        "slots_at = slots + done * self._slot_size",
+        "slots_at = slots",
+        (DEFINITION,),
+    ),
+    Fault(
+        "a block's step contains its slots",
+        NVIDIA,
+        "block - info.block_size * slot, head",
+        "block, head",
+        (DEFINITION,),
+    ),
+    Fault(
+        "an implementation with another report keeps the launches of the first",
+        NVIDIA,
+        "        other._report_to(report)\n",
+        "        other._report, other._streams = report, report.streams\n",
+        (SLOTS,),
+    ),
+    Fault(
+        "more slots than the kernel counts are accepted",
+        NVIDIA,
+        "if info.num_slots > MOST:",
+        "if info.num_slots > 2 * MOST:",
+        (f"{HOST}test_more_slots_than_the_kernel_counts_are_refused",),
+    ),
+    Fault(
+        "a new number of blocks is not handed to the driver",
+        f"{BACKEND}/launch.py",
+        "config.grid_x = latest_blocks = blocks",
+        "latest_blocks = blocks",
+        (LAUNCH,),
+    ),
+    Fault(
+        "a new stream is not handed to the driver",
+        f"{BACKEND}/launch.py",
+        "config.stream = latest_stream = ",
+        "latest_stream = ",
+        (LAUNCH,),
+    ),
+    Fault(
+        "the rows of a grid are its third axis",
+        f"{BACKEND}/launch.py",
+        "1, rows, 1, threads, 1, 1, 0, None",
+        "1, 1, rows, threads, 1, 1, 0, None",
+        (LAUNCH,),
+    ),
+    Fault(
+        "a launch asks for another attribute",
+        f"{BACKEND}/launch.py",
+        "_PROGRAMMATIC_STREAM_SERIALIZATION = 6",
+        "_PROGRAMMATIC_STREAM_SERIALIZATION = 7",
+        (LAUNCH,),
+    ),
+    Fault(
+        "every launch is programmatic",
+        f"{BACKEND}/launch.py",
+        "int(programmatic)\n",
+        "1\n",
+        (LAUNCH,),
+    ),
+    Fault(
+        "launches share their parameters",
+        f"{BACKEND}/launch.py",
+        "self._parameters = type(parameters).from_buffer_copy(parameters)",
+        "self._parameters = parameters",
+        (LAUNCH,),
+    ),
+    Fault(
+        "a thread that never used CUDA cannot launch",
+        f"{BACKEND}/launch.py",
+        "                runtime.setDevice(self._device)  # which makes one current\n",
+        "",
+        (LAUNCH,),
+    ),
+    Fault(
+        "a launch goes to the current device",
+        f"{BACKEND}/launch.py",
+        "self._queue if runtime.getDeviceCount() == 1 else self._queue_on_its_device",
+        "self._queue",
+        (LAUNCH,),
+    ),
+    Fault(
+        "a C struct is read without its pointers",
+        f"{BACKEND}/parameters.py",
+        "            fields.append((member, ctypes.c_void_p))\n",
+        "            fields.append((member, ctypes.c_uint))\n",
+        (DEFINITION, "test_parameters.py"),
+    ),
+    Fault(
+        "members of an unknown kind are left out",
+        f"{BACKEND}/parameters.py",
+        "        if match is None:\n",
+        "        if match is None and fields is None:\n",
+        ("test_parameters.py",),
+    ),
+    Fault(
+        "padding of a C struct is not noticed",
+        f"{BACKEND}/parameters.py",
+        "if packed.size != ctypes.sizeof(call):",
+        "if packed.size > ctypes.sizeof(call):",
+        ("test_parameters.py",),
+    ),
+    Fault(
+        "a file is included as often as it is named",
+        f"{BACKEND}/source.py",
+        "        if path in seen:\n",
+        "        if False:\n",
+        ("test_parameters.py",),
+    ),
+    Fault(
+        "a file beside the one that includes it is not looked for",
+        f"{BACKEND}/source.py",
+        "return own if own.exists() else folder() / name",
+        "return folder() / name",
+        ("test_parameters.py",),
+    ),
+    # Devices
+    Fault(
+        "compute capability 6 is accepted",
+        f"{BACKEND}/device.py",
+        "LOWEST_CAPABILITY = (7, 0)",
+        "LOWEST_CAPABILITY = (6, 0)",
+        (DEVICE,),
+    ),
+    Fault(
+        "programmatic launch before CUDA 12.3",
+        f"{BACKEND}/device.py",
+        "PROGRAMMATIC_DRIVER = 12030",
+        "PROGRAMMATIC_DRIVER = 12000",
+        (DEVICE,),
+    ),
+    Fault(
+        "compiled as C++14",
+        f"{BACKEND}/device.py",
+        'OPTIONS = ("--std=c++17",)',
+        'OPTIONS = ("--std=c++14",)',
+        (SM_90, f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled"),
+    ),
+    Fault(
+        "compiled functions are found again by their file alone",
+        f"{BACKEND}/device.py",
+        "key = (file, expressions)",
+        "key = (file, expressions[:0])",
+        (f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled",),
+    ),
+    Fault(
+        "the kernel that takes reports is another one",
+        f"{BACKEND}/device.py",
+        "self._take_report = kernels[-1].ptr",
+        "self._take_report = kernels[0].ptr",
+        (f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled",),
+    ),
+    Fault(
+        "functions of CuPy are not kept",
+        f"{BACKEND}/device.py",
+        "                self._compiled[key] = kernels\n"
+        "        return [kernel.ptr for kernel in self._compiled[key][: len(expressions)]]",
+        "                return [kernel.ptr for kernel in kernels[: len(expressions)]]\n"
+        "        return [kernel.ptr for kernel in self._compiled[key][: len(expressions)]]",
+        (f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled",),
+    ),
+    Fault(
+        "the limit of another axis of the grid",
+        f"{BACKEND}/device.py",
+        'attributes["MaxGridDimX"]',
+        'attributes["MaxGridDimY"]',
+        (f"{DEVICE}::test_what_a_device_says_about_itself",),
+    ),
+    Fault(
+        "a stream of PyTorch on another device is accepted",
+        f"{BACKEND}/context.py",
+        "if device not in (None, self.index):",
+        "if device not in (None, self.index) and not hasattr(stream, 'device_index'):",
+        (f"{DEVICE}::test_streams_of_other_libraries",),
+    ),
+    Fault(
+        "the version of a stream protocol is taken for its handle",
+        f"{ARRAY_LIBRARIES}/find.py",
+        "stream.__cuda_stream__()[1]",
+        "stream.__cuda_stream__()[0]",
+        (f"{DEVICE}::test_streams_of_other_libraries",),
+    ),
+    Fault(
+        "a capture stays in the relaxed mode",
+        f"{BACKEND}/driver.py",
+        "    finally:\n        exchange(ctypes.byref(mode))\n",
+        "    finally:\n        pass\n",
+        (DEVICE,),
+    ),
+    # Reports
+    Fault(
+        "check waits for no stream",
+        f"{BACKEND}/report.py",
+        "                self._context.wait(stream)\n",
+        "                pass\n",
+        (DEVICE,),
+    ),
+    Fault(
+        "streams are forgotten while they are busy",
+        f"{BACKEND}/report.py",
+        "if self._context.capturing(stream) or not self._context.idle(stream):",
+        "if self._context.capturing(stream):",
+        (DEVICE,),
+    ),
+    Fault(
+        "a stream may end before it was waited for",
+        f"{BACKEND}/report.py",
+        "self.streams[int(stream)] = self._context.keeper(stream)",
+        "self.streams[int(stream)] = None",
+        (DEVICE,),
+    ),
+    Fault(
+        "two reports share their words",
+        f"{BACKEND}/report.py",
+        "return [slab + index * 2 * _SIZE for",
+        "return [slab + index * _SIZE for",
+        (DEVICE,),
+    ),
+    Fault(
+        "a row that was taken before it was counted is not told",
+        f"{BACKEND}/report.py",
+        "if row != NO_ROW and count:",
+        "if count:",
+        (DEVICE,),
+    ),
+    Fault(
+        "the latest of two calls is told",
+        "pagedcache/backend/protocol.py",
+        "first = self if self.row <= later.row else later",
+        "first = self if self.row < later.row else later",
+        (SLOTS,),
+    ),
+    # Arguments of a call
+    Fault(
+        "a call does not compare strides",
+        f"{OPERATORS}/arguments.py",
+        "length > 1 and step != wanted for",
+        "length < 0 and step != wanted for",
+        (BAD_INPUT,),
+    ),
+    Fault(
+        "a call does not compare dtypes",
+        f"{OPERATORS}/arguments.py",
+        "if tensor.dtype != one.dtype:",
+        "if tensor.dtype.itemsize != one.dtype.itemsize:",
+        (BAD_INPUT, ARRAYS),
+    ),
+    Fault(
+        "a call does not compare devices",
+        f"{OPERATORS}/arguments.py",
+        "        if tensor.device != self._device:\n            raise _changed(",
+        "        if tensor.device is None:\n            raise _changed(",
+        (REGISTRY,),
+    ),
+    Fault(
+        "K and V of a call may have too few rows",
+        f"{OPERATORS}/arguments.py",
+        "check_rows(one.name, tensor.shape[0], self.counted_by, rows)",
+        "pass",
+        (BAD_INPUT,),
+    ),
+    Fault(
+        "overlap is looked for on one side",
+        f"{OPERATORS}/arguments.py",
+        "if -sizes[1] < distance < sizes[0]:",
+        "if 0 <= distance < sizes[0]:",
+        ("test_debug.py",),
+    ),
+    Fault(
+        "caches that share memory are known to share none",
+        f"{OPERATORS}/arguments.py",
+        "            if other_at - at not in known:\n",
+        "            known.add(other_at - at)\n            if other_at - at not in known:\n",
+        ("test_debug.py",),
+    ),
+    Fault(
+        "a call may write read-only arrays",
+        f"{OPERATORS}/arguments.py",
+        "                check_writable(one.name, array, tensor)\n",
+        "                pass\n",
+        (BAD_INPUT, ARRAYS),
+    ),
+    # The table of rules
+    Fault(
+        "dtypes may be mixed",
+        f"{OPERATORS}/rules.py",
+        "if rule.like is not None and",
+        "if rule.like is None and rule.name != self.counted_by and",
+        (BAD_INPUT,),
+    ),
+    Fault(
+        "axes of one name may differ",
+        f"{OPERATORS}/rules.py",
+        "                if length != known:\n",
+        "                if length > known:\n",
+        (BAD_INPUT,),
+    ),
+    Fault(
+        "a cache may overlap itself",
+        f"{OPERATORS}/rules.py",
+        "if rule.written and overlaps_itself(",
+        "if not rule.written and overlaps_itself(",
+        (BAD_INPUT,),
+    ),
+    Fault(
+        "one row of a fused projection is taken for a contiguous one",
+        f"{OPERATORS}/rules.py",
+        "if rows > 1 or strides[0] >= one_row:",
+        "if rows > 1:",
+        ("test_cpu.py",),
+    ),
+    Fault(
+        "V must have the head size of K",
+        f"{OPERATORS}/paged_caching/info.py",
+        'Rule("v_cache", (*axes[:3], "v_head_size"),',
+        'Rule("v_cache", (*axes[:3], "head_size"),',
+        (CPU,),
+    ),
+    # Layouts
+    Fault(
+        "a cache that allows both layouts is not asked about",
+        "pagedcache/cache/layout.py",
+        "if len(fitting) > 1 and k[1] > 1:",
+        "if len(fitting) > 2:",
+        ("test_layout.py",),
+    ),
+    Fault(
+        "the layout is told from the slots",
+        "pagedcache/cache/layout.py",
+        'axes.index("num_kv_heads")',
+        'axes.index("block_size")',
+        ("test_layout.py",),
+    ),
+    Fault(
+        "a layout that is given is not looked at",
+        "pagedcache/cache/layout.py",
+        "    if layout is not None:\n",
+        "    if layout is not None and 0 in k_cache:\n",
+        ("test_layout.py",),
+    ),
+    Fault(
+        "the operator of PyTorch forgets the layout",
+        "pagedcache/torch.py",
+        "layout=layout, on_invalid=on_invalid)",
+        "on_invalid=on_invalid)",
+        (f"{TORCH}::test_writes", "test_layout.py"),
+    ),
+    # Any operation
+    Fault(
+        "autograd is not told of a first write",
+        f"{OPERATORS}/base.py",
+        "            note()\n        if self.workspace_size:",
+        "            pass\n        if self.workspace_size:",
+        (TORCH,),
+    ),
+    Fault(
+        "autograd is not told of a bound write",
+        f"{OPERATORS}/base.py",
+        "            if note is not None:\n                note()\n            queue(",
+        "            queue(",
+        (TORCH,),
+    ),
+    Fault(
+        "a bound write ignores its stream",
+        f"{OPERATORS}/base.py",
+        "            current_stream = lambda: handle  # noqa: E731\n",
+        "            pass\n",
+        (REGISTRY,),
+    ),
+    Fault(
+        "a bound write keeps the stream that was current",
+        f"{OPERATORS}/base.py",
+        "        note = self._noting_writes(arrays)\n\n        def run()",
+        "        note = self._noting_writes(arrays)\n        now = current_stream()\n"
+        "        current_stream = lambda: now\n\n        def run()",
+        (REGISTRY,),
+    ),
+    Fault(
+        "a bound write does not keep its arrays",
+        f"{OPERATORS}/base.py",
+        "        run.arrays = arrays  #",
+        "        #",
+        ("test_cpu.py",),
+    ),
+    Fault(
+        "a bound write survives its descriptor",
+        f"{OPERATORS}/base.py",
+        "            if self._implementation is None:\n                self._alive()\n",
+        "",
+        ("test_toy_operator.py", "test_cpu.py"),
+    ),
+    Fault(
+        "a destroyed descriptor still serves arrays that it knows",
+        f"{OPERATORS}/base.py",
+        "        if self._implementation is None:\n            self.matchers, self.latest =",
+        "        if False:\n            self.matchers, self.latest =",
+        ("test_cpu.py", "test_bad_input.py::test_use_after_destroy"),
+    ),
+    Fault(
+        "a stream that is given is not kept alive",
+        f"{BACKEND}/context.py",
+        "return KeptStream.of(handle, stream)",
+        "return handle",
+        (DEVICE,),
+    ),
+    Fault(
+        "check tells what it found again",
+        "pagedcache/backend/cpu/__init__.py",
+        "found, self._found = self._found, None",
+        "found = self._found",
+        (SLOTS,),
+    ),
+    # Careful calls
+    Fault(
+        "debug waits in a capture",
+        f"{OPERATORS}/careful.py",
+        "        if self._device.capturing(stream):\n",
+        "        if self._device.capturing(stream) and self._refuse:\n",
+        (DEVICE,),
+    ),
+    Fault(
+        "calls that raise share one report",
+        f"{OPERATORS}/careful.py",
+        "            report = self._device.report()\n"
+        "            implementation = self._implementation.reporting_to(report)\n",
+        "            implementation = self._implementation\n"
+        "            report = getattr(implementation, '_report')\n",
+        (SLOTS,),
+    ),
+    Fault(
+        "sources may lie in the V cache",
+        f"{OPERATORS}/careful.py",
+        "            for other in written:\n",
+        "            for other in written[:1]:\n",
+        ("test_debug.py",),
+    ),
+    Fault(
+        "slots past the end count as duplicates",
+        f"{OPERATORS}/paged_caching/inspect.py",
+        "(slots >= 0) & (slots < info.num_slots)",
+        "slots >= 0",
+        ("test_debug.py",),
+    ),
+    Fault(
+        "large numbers are taken for infinite",
+        f"{OPERATORS}/paged_caching/inspect.py",
+        "BF16: 0x7F80",
+        "BF16: 0x7F00",
+        ("test_debug.py",),
+    ),
+    # The CPU
+    Fault(
+        "the CPU writes the slot just past the end",
+        ON_CPU,
+        "outside = slots >= info.num_slots",
+        "outside = slots > info.num_slots",
+        (CPU, SLOTS),
+    ),
+    Fault(
+        "the CPU tells the last invalid token",
+        ON_CPU,
+        "token = int(outside.argmax())",
+        "token = int(np.flatnonzero(outside)[-1])",
+        (SLOTS,),
+    ),
+    Fault(
+        "blocks that are filled from the middle are taken for whole ones",
+        ON_CPU,
+        " & (slots[first] % block_size == 0)",
+        "",
+        (CPU, "test_cpu.py::test_any_order_of_slots"),
+    ),
+    Fault(
+        "blocks with a gap are taken for whole ones",
+        ON_CPU,
+        " & (starts == block_size - 1)",
+        "",
+        (CPU, "test_cpu.py::test_any_order_of_slots"),
+    ),
+    Fault(
+        "blocks that are apart in the source are read as one slice",
+        ON_CPU,
+        "breaks = np.flatnonzero(np.diff(numbers) != step) + 1",
+        "breaks = np.flatnonzero(np.diff(numbers) < step) + 1",
+        ("test_cpu.py::test_any_order_of_slots",),
+    ),
+    Fault(
+        "what K has written as blocks is not written of V",
+        ON_CPU,
+        "            valid = valid.copy()\n",
+        "",
+        (CPU, "test_cpu.py::test_any_order_of_slots"),
+    ),
+    Fault(
+        "heads that are side by side in the cache alone are copied as one",
+        ON_CPU,
+        "side_by_side = source[1] == cache[2] == row",
+        "side_by_side = cache[2] == row",
+        (CPU,),
+    ),
+    Fault(
+        "slots of 32 bits are compared as such",
+        ON_CPU,
+        "(slot_size,)).astype(np.int64)",
+        "(slot_size,)).copy()",
+        ("test_bad_input.py::test_a_block_past_the_range_of_its_slots",),
+    ),
+    # One call
+    Fault(
+        "the one call forgets the number of blocks",
+        f"{OPERATORS}/one_call.py",
+        "        return dtype, shape, strides, tensor.device",
+        "        return dtype, shape if name in self._kind.free else shape[1:], strides, "
+        "tensor.device",
+        (REGISTRY,),
+    ),
+    Fault(
+        "the one call forgets strides",
+        f"{OPERATORS}/one_call.py",
+        "        return dtype, shape, strides, tensor.device",
+        "        return dtype, shape, tensor.device",
+        (REGISTRY, "test_cpu.py", "test_layout.py"),
+    ),
+    Fault(
+        "the one call forgets dtypes",
+        f"{OPERATORS}/one_call.py",
+        "        return dtype, shape, strides, tensor.device",
+        "        return shape, strides, tensor.device",
+        (REGISTRY,),
+    ),
+    Fault(
+        "the one call forgets its options",
+        f"{OPERATORS}/one_call.py",
+        "key = (options, *signatures)",
+        "key = tuple(signatures)",
+        (SLOTS, "test_layout.py"),
+    ),
+    Fault(
+        "a recent descriptor serves any option",
+        f"{OPERATORS}/one_call.py",
+        "if all(map(operator.is_, options, known)) and",
+        "if",
+        (SLOTS, "test_layout.py"),
+    ),
+    Fault(
+        "a recent descriptor serves any layout",
+        f"{OPERATORS}/paged_caching/one_call.py",
+        "            layout is known_layout\n            and on_invalid",
+        "            on_invalid",
+        ("test_layout.py",),
+    ),
+    Fault(
+        "the descriptor that was found last is forgotten first",
+        f"{OPERATORS}/one_call.py",
+        "            self._kept.pop(key, None)\n",
+        "",
+        (REGISTRY,),
+    ),
+    Fault(
+        "a descriptor that is found often stays behind others",
+        f"{OPERATORS}/one_call.py",
+        "        if self._found % FOUND_OFTEN == 0:\n",
+        "        if False:\n",
+        (REGISTRY,),
+    ),
+    Fault(
+        "descriptors change places at each call",
+        f"{OPERATORS}/one_call.py",
+        "        if self._found % FOUND_OFTEN == 0:\n",
+        "        if self._found:\n",
+        (REGISTRY,),
+    ),
+    # Matchers, and array libraries
+    Fault(
+        "a matcher compares no strides",
+        f"{ARRAY_LIBRARIES}/numpy.py",
+        '        f"{name}.strides == _{name}_strides",\n',
+        "",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher compares no dtype",
+        f"{ARRAY_LIBRARIES}/numpy.py",
+        '        f"{name}.dtype == _{name}_dtype",\n',
+        "",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher ignores the number of blocks",
+        f"{ARRAY_LIBRARIES}/numpy.py",
+        '        return f"{name}.shape == _{name}_shape"',
+        '        return f"{name}.shape[1:] == _{name}_shape[1:]"',
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher takes read-only arrays",
+        f"{ARRAY_LIBRARIES}/numpy.py",
+        "            if one.written:\n",
+        "            if one.written and one.free:\n",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher takes K and V that are too short",
+        f"{ARRAY_LIBRARIES}/library.py",
+        '>= _count"] if one.free and one.name != counted_by',
+        '>= 0"] if one.free and one.name != counted_by',
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher takes arrays of another GPU",
+        f"{ARRAY_LIBRARIES}/cupy.py",
+        "            if several:\n",
+        "            if several and not one.written:\n",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher takes misaligned addresses",
+        f"{ARRAY_LIBRARIES}/matching.py",
+        "& {size - 1}",
+        "& {size - size}",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher takes caches that share memory",
+        f"{ARRAY_LIBRARIES}/matching.py",
+        'condition = f"-{sizes[1]} < _distance < {sizes[0]}"',
+        'condition = f"0 < _distance < {sizes[0]}"',
+        (ARRAYS,),
+    ),
+    Fault(
+        "a matcher ignores the stream that is given",
+        f"{ARRAY_LIBRARIES}/matching.py",
+        "            _stream = _handle_of(_stream)",
+        "            _stream = _current_stream()",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a leaf that requires grad is accepted once it is known",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        'found.append("not _grad_enabled()")',
+        'found.append("True")',
+        (TORCH,),
+    ),
+    Fault(
+        "a leaf that requires grad is accepted",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "if array.requires_grad and self._torch.is_grad_enabled():",
+        "if array.requires_grad and not array.is_leaf and self._torch.is_grad_enabled():",
+        (TORCH,),
+    ),
+    Fault(
+        "autograd is not told of writes into arrays that are known",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "if noted else []",
+        "if not noted else []",
+        (TORCH,),
+    ),
+    Fault(
+        "guards take tensors that are too short",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "if any(shape[0] < count for shape",
+        "if any(shape[0] < 0 for shape",
+        (ARRAYS,),
+    ),
+    Fault(
+        "guards are kept for ever",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "        if len(self) >= MOST_GUARDS:\n            self.clear()\n",
+        "",
+        (ARRAYS,),
+    ),
+    Fault(
+        "guards compare no lengths",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "self[count] = self._guard(tensors, shapes)",
+        "self[count] = self._of_any_length",
+        (ARRAYS,),
+    ),
+    Fault(
+        "a nested tensor ends the process",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        'found = [f"not ({nested})"]',
+        "found = []",
+        (TORCH,),
+    ),
+    Fault(
+        "DLPack's offset is forgotten",
+        f"{ARRAY_LIBRARIES}/dlpack.py",
+        "(tensor.data or 0) + tensor.byte_offset",
+        "tensor.data or 0",
+        (ARRAYS,),
+    ),
+    Fault(
+        "the stream of an exporter is forgotten",
+        f"{ARRAY_LIBRARIES}/interfaces.py",
+        'int(array.__cuda_array_interface__.get("stream") or 0)',
+        "0",
+        (ARRAYS,),
+    ),
+    # The C interface
+    Fault(
+        "the C interface returns one status for all errors",
+        "pagedcache/infiniop.py",
+        "    except PagedCacheError as error:\n        return error.status\n"
+        "    except Exception:\n        return Status.INTERNAL_ERROR\n    return Status.SUCCESS\n",
+        "    except Exception:\n        return Status.INTERNAL_ERROR\n    return Status.SUCCESS\n",
+        ("test_bad_input.py",),
+    ),
+    Fault(
+        "bfloat16 has another number in C",
+        "pagedcache/infiniop.py",
+        "    BF16 = 19\n",
+        "    BF16 = 18\n",
+        ("test_bad_input.py",),
+    ),
+    Fault(
+        "a status has another number in C",
+        "pagedcache/status.py",
+        "    BAD_TENSOR_DTYPE = 10\n",
+        "    BAD_TENSOR_DTYPE = 9\n",
+        ("test_bad_input.py",),
+    ),
+    Fault(
+        "a NULL stream is the current one",
+        f"{OPERATORS}/paged_caching/descriptor.py",
+        "k_cache, v_cache, k, v, slot_mapping, stream or 0)",
+        "k_cache, v_cache, k, v, slot_mapping, stream)",
+        (REGISTRY,),
+    ),
+    # Functions of other projects
+    Fault(
+        "vLLM's caches are taken for HND",
+        "pagedcache/compat/vllm.py",
+        'slot_mapping, layout="NHD")',
+        'slot_mapping, layout="HND")',
+        ("test_compat.py",),
+    ),
+    Fault(
+        "vLLM's quantised caches are written",
+        "pagedcache/compat/vllm.py",
+        'or kv_cache_dtype != "auto":',
+        'or kv_cache_dtype == "int8":',
+        ("test_compat.py",),
+    ),
+    Fault(
+        "FlashInfer's tokens go past the pages of their sequence",
+        "pagedcache/compat/flashinfer.py",
+        " * _int64(entry < end)",
+        "",
+        ("test_compat.py",),
+    ),
+    Fault(
+        "FlashInfer's pages are measured along their heads",
+        "pagedcache/compat/flashinfer.py",
+        '[2 if kv_layout == "HND" else 1]',
+        '[1 if kv_layout == "HND" else 2]',
+        ("test_compat.py",),
+    ),
+    Fault(
+        "SGLang's rows are blocks of many slots",
+        "pagedcache/compat/sglang.py",
+        'layout="NHD",',
+        'layout="HND",',
+        ("test_compat.py",),
+    ),
+    # Around it
+    Fault(
+        "a second backend of a type replaces the first",
+        "pagedcache/backend/registry.py",
+        "        if known != target:\n",
+        "        if known is None:\n",
+        (REGISTRY,),
+    ),
+    Fault(
+        "a backend is used before it was checked",
+        "pagedcache/backend/registry.py",
+        "    backend.check()\n",
+        "",
+        (REGISTRY,),
+    ),
+    Fault(
+        "warming up leaves slots of 32 bits cold",
+        f"{OPERATORS}/paged_caching/warmup.py",
+        "mapping = TensorDescriptor(slot_dtype, (1,))",
+        "mapping = TensorDescriptor(slots[0], (1,))",
+        ("test_warmup.py",),
+    ),
+    Fault(
+        "an environment variable may be anything",
+        "pagedcache/environment.py",
+        'if value not in ("0", "1"):',
+        'if value == "":',
+        ("test_debug.py",),
+    ),
+    Fault(
+        "locks stay locked in a forked process",
+        "pagedcache/locks.py",
+        "        lock._at_fork_reinit()",
+        "        pass",
+        ("test_faults.py::test_locks_that_are_held_in_a_fork_are_free_in_the_child",),
+    ),
+    Fault(
+        "a forked process may use CUDA",
+        f"{BACKEND}/fork.py",
+        "return _user not in (None, os.getpid())",
+        "return _user not in (None, os.getpid(), os.getppid())",
+        ("test_faults.py::test_a_forked_process_is_told_so",),
+    ),
+    Fault(
+        "html is not escaped",
+        "pagedcache/display.py",
+        "{html.escape(value)}",
+        "{value}",
+        (SLOTS,),
+    ),
+    Fault(
+        "a slot is explained by the strides of K",
+        f"{OPERATORS}/paged_caching/explain.py",
+        'getattr(info, f"{letter}_cache_slot_stride")',
+        "info.k_cache_slot_stride",
+        (SLOTS,),
+    ),
+    Fault(
+        "the bench divides by the wrong rate",
+        "pagedcache/bench/__init__.py",
+        "{times[MEMCPY] / times[peers.OURS]:>15.3f}",
+        "{times[peers.OURS] / times[MEMCPY]:>15.3f}",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "a peer that refuses a case ends the bench",
+        "pagedcache/bench/__init__.py",
+        "            if name == peers.OURS:\n                raise\n",
+        "            raise\n",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "the bench tells a reason in many lines",
+        "pagedcache/bench/peers.py",
+        "lines = str(error).strip().splitlines() or",
+        "lines = [str(error).strip()] or",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "the host's time is that of the first set",
+        "pagedcache/bench/measure.py",
+        "turns = [i % sets for i in range(calls)]",
+        "turns = [0 for i in range(calls)]",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "host times are multiples of the worst peer's",
+        "pagedcache/bench/host.py",
+        "best = min(rivals, default=math.nan)",
+        "best = max(rivals, default=math.nan)",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "the bench's blocks are filled out of order",
+        "pagedcache/bench/case.py",
+        "(blocks[:, None] * block_size + np.arange(block_size)).ravel()",
+        "(blocks[:, None] + np.arange(block_size) * block_size).ravel()",
+        ("test_bench.py",),
+    ),
+    Fault(
+        "the demo gives a block to two sequences",
+        "pagedcache/demo/pool.py",
+        "block = self._free.pop()",
+        "block = self._free[-1]",
+        ("test_demo.py::test_pool",),
+    ),
+    Fault(
+        "the demo frees blocks that others share",
+        "pagedcache/demo/pool.py",
+        "            if not self._holders[block]:\n",
+        "            if True:\n",
+        ("test_demo.py::test_pool",),
+    ),
+)
+
+# What only a GPU shows: its streams, and which device is current.
+GPU = "test_nvidia.py::"
+GPU_FAULTS = (
+    Fault(
+        "tensors of PyTorch are written on the default stream",
+        f"{ARRAY_LIBRARIES}/torch.py",
+        "return functools.partial(self._stream_handle, device)",
+        "return lambda: 0",
+        (f"{GPU}test_torch_streams_with_a_late_producer",),
+    ),
+    Fault(
+        "arrays of JAX are read before they are computed",
+        f"{ARRAY_LIBRARIES}/jax.py",
+        "            array.block_until_ready()\n",
+        "",
+        (f"{GPU}test_jax_arrays_that_are_still_computed",),
+    ),
+    Fault(
+        "the operator of PyTorch is not there for CUDA",
+        "pagedcache/torch.py",
+        'torch.library.impl(NAME, ("cpu", "cuda"), _write)',
+        'torch.library.impl(NAME, ("cpu",), _write)',
+        (f"{GPU}test_torch_compile_on_the_gpu",),
+    ),
+    # With two GPUs
+    Fault(
+        "all arrays of CuPy are on the first GPU",
+        f"{ARRAY_LIBRARIES}/cupy.py",
+        'device = f"cuda:{memory.device_id}"',
+        'device = "cuda:0"',
+        (f"{GPU}test_second_device_while_the_first_is_current",),
+    ),
+    Fault(
+        "memory is allocated on the current GPU",
+        f"{BACKEND}/context.py",
+        "            with cupy.cuda.Device(self.index), relaxed_capture_mode():\n",
+        "            with relaxed_capture_mode():\n",
+        (f"{GPU}test_second_device_while_the_first_is_current",),
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 if a fault was not found or does not apply, else 0."""
+    parser = argparse.ArgumentParser(description="Plant faults and see whether the tests find them")
+    parser.add_argument("names", nargs="*", metavar="name", help="parts of names (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="faults at a time (default: 2)")
+    parser.add_argument("--gpu", action="store_true", help="plant those that only a GPU finds")
+    parser.add_argument("--list", action="store_true", help="print the names and plant nothing")
+    parsed = parser.parse_args(arguments)
+    table = GPU_FAULTS if parsed.gpu else FAULTS
+    chosen = [
+        fault for fault in table
+        if not parsed.names or any(name in fault.name for name in parsed.names)
+    ]  # fmt: skip
+    if parsed.list:
+        print("\n".join(f"{fault.name}  ({', '.join(fault.tests)})" for fault in chosen))
+        return 0
+    if not chosen:
+        print(f"No fault has a name with {' or '.join(parsed.names)} in it.")
+        return 1
+    with tempfile.TemporaryDirectory(prefix="planted-faults-") as folder:
+        return plant(chosen, parsed.jobs, Path(folder))
+
+
+def plant(faults: Sequence[Fault], jobs: int, folder: Path) -> int:
+    """Plant faults in copies of the checkout within a folder; return the exit code."""
+    whole = folder / "unchanged"
+    copy_checkout(whole)
+    print(f"{len(faults)} faults. First their tests on an unchanged copy ...", flush=True)
+    began = time.monotonic()
+    tests = dict.fromkeys(test for fault in faults for test in fault.tests)
+    if said := failure_on(whole, tests):
+        print(f"The tests do not pass without a fault:\n{said}")
+        return 1
+    print(f"... pass in {time.monotonic() - began:.0f} s.", flush=True)
+    outcomes: dict[str, list[str]] = {}
+    for fault in GPU_FAULTS:  # which are not planted here, but must not be out of date
+        if text_with(fault, whole) is None:
+            outcomes.setdefault(DOES_NOT_APPLY, []).append(fault.name)
+            print(f"           {DOES_NOT_APPLY:<14}  {fault.name}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = {
+            pool.submit(outcome, fault, whole, folder / str(number)): fault
+            for number, fault in enumerate(faults)
+        }
+        for done, future in enumerate(as_completed(pending), 1):
+            result, name = future.result(), pending[future].name
+            outcomes.setdefault(result, []).append(name)
+            print(f"{done:>4}/{len(faults)}  {result:<14}  {name}", flush=True)
+    missed = [name for kind in (NOT_FOUND, DOES_NOT_APPLY) for name in outcomes.get(kind, [])]
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in sorted(outcomes.items()))
+    print(f"{len(faults)} faults in {time.monotonic() - began:.0f} s: {counts}")
+    return 1 if missed else 0
+
+
+def outcome(fault: Fault, whole: Path, copy: Path) -> str:
+    """Return what became of a fault that is planted in a copy of its own."""
+    shutil.copytree(whole, copy)
+    try:
+        text = text_with(fault, copy)
+        if text is None:
+            return DOES_NOT_APPLY
+        (copy / fault.file).write_text(text, "utf-8")
+        return FOUND if failure_on(copy, fault.tests) else NOT_FOUND
+    except subprocess.TimeoutExpired:
+        return HANGS
+    finally:
+        shutil.rmtree(copy)
+
+
+def text_with(fault: Fault, copy: Path) -> str | None:
+    """Return the text of a fault's file with the fault, or None if it does not apply."""
+    file = copy / fault.file
+    text = file.read_text("utf-8") if file.exists() else ""
+    return text.replace(fault.old, fault.new) if text.count(fault.old) == 1 else None
+
+
+def copy_checkout(to: Path) -> None:
+    """Copy the files that git tracks, as they are in the working tree, and new files of tests."""
+    listed = ["git", "ls-files", "-z", "--cached"]
+    new = ["git", "ls-files", "-z", "--others", "--exclude-standard", "tests"]
+    for command in (listed, new):
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        for name in filter(None, done.stdout.split("\0")):
+            if (CHECKOUT / name).is_file():  # not one that was deleted in the working tree
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(CHECKOUT / name, to / name)
+
+
+def failure_on(copy: Path, tests: Iterable[str]) -> str:
+    """Run tests in a copy, with the package of that copy; return what a failure said, or nothing.
+
+    Raises
+    ------
+    subprocess.TimeoutExpired
+        They do not end.
+    """
+    variables = {name: value for name, value in os.environ.items() if name != "PAGEDCACHE_DEBUG"}
+    environment = {
+        **variables,
+        "PYTHONPATH": str(copy),  # ahead of the editable install of the checkout
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    found = _run([sys.executable, "-c", "import pagedcache; print(pagedcache.__file__)"],
+                 copy, environment)  # fmt: skip
+    if found.returncode == 0 and Path(found.stdout.strip()).parents[1] != copy.resolve():
+        raise RuntimeError(f"not the package of the copy is imported, but {found.stdout.strip()}")
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    paths = [f"tests/{test}" for test in tests]
+    done = _run([sys.executable, "-m", "pytest", *options, *paths], copy, environment)
+    shutil.rmtree(copy / ".hypothesis", ignore_errors=True)  # what it learned from this fault
+    return "" if done.returncode == 0 else done.stdout + done.stderr or str(done.returncode)
+
+
+def _run(
+    command: Sequence[str], folder: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        timeout=TIME_LIMIT,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
