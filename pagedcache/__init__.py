@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pagedcache: the paged KV-cache write, compiled on first use, on NumPy and CuPy arrays.
+"""pagedcache: the paged KV-cache write, compiled on first use, on arrays of any library.
 
 In dependency order, each importing only what stands above it:
 
-- `status`, `dtypes`, `tensors`: errors, data types, and what a tensor is
+- `status`, `dtypes`, `tensors`, `rules`: errors, data types, what a tensor is and must be
 - `locks`, `environment`, `display`: small helpers
 - `arrays`: which array library?
 - `backend`: which device?
 - `cache`: what a paged cache is
-- `operators`: which operator? `base` and its neighbours are for any; `paged_caching` is the write
+- `operators`: which operator? `base` and its neighbours are for any; `paged_caching` is the write,
+  `paged_gather` reads back
 - `infiniop`: the same operator as the C functions of InfiniCore
 - `compat`: the same as the Python functions of vLLM, SGLang and FlashInfer
 - `torch`: the same as an operator for ``torch.compile``; imported only by name
@@ -22,11 +23,14 @@ from pagedcache import infiniop, status
 from pagedcache.backend.handle import Handle
 from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
+from pagedcache.cache.explain import SlotExplanation
 from pagedcache.operators.paged_caching.descriptor import Descriptor
-from pagedcache.operators.paged_caching.explain import SlotExplanation
 from pagedcache.operators.paged_caching.info import PagedCachingInfo
 from pagedcache.operators.paged_caching.one_call import paged_caching
 from pagedcache.operators.paged_caching.warmup import WarmedUp, warmup
+from pagedcache.operators.paged_gather.descriptor import GatherDescriptor
+from pagedcache.operators.paged_gather.info import PagedGatherInfo
+from pagedcache.operators.paged_gather.one_call import paged_gather
 from pagedcache.status import (
     CacheOverlapError,
     DuplicateSlotError,
@@ -46,12 +50,14 @@ __all__ = [
     "CacheOverlapError",
     "Descriptor",
     "DuplicateSlotError",
+    "GatherDescriptor",
     "Handle",
     "InvalidSlotError",
     "LaunchConfig",
     "NonFiniteError",
     "PagedCacheError",
     "PagedCachingInfo",
+    "PagedGatherInfo",
     "RequiresGradError",
     "SlotExplanation",
     "SourceOverlapError",
@@ -61,6 +67,7 @@ __all__ = [
     "backends",
     "infiniop",
     "paged_caching",
+    "paged_gather",
     "register_backend",
     "status",
     "warmup",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pagedcache import Handle, PagedCacheError, __version__, backends, bench, demo
 from pagedcache.backend.nvidia import source
-from pagedcache.operators.paged_caching.info import DTYPES, SLOT_DTYPES
+from pagedcache.cache.tables import SLOT_DTYPES
+from pagedcache.operators.paged_caching.info import DTYPES
 from pagedcache.operators.paged_caching.warmup import warming_up
 
 

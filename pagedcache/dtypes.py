@@ -15,6 +15,10 @@ Dtype = np.dtype[Any]
 F16: Dtype = np.dtype(np.float16)
 BF16: Dtype = np.dtype(ml_dtypes.bfloat16)
 F32: Dtype = np.dtype(np.float32)
+E4M3: Dtype = np.dtype(ml_dtypes.float8_e4m3fn)
+E5M2: Dtype = np.dtype(ml_dtypes.float8_e5m2)
+I8: Dtype = np.dtype(np.int8)
+U8: Dtype = np.dtype(np.uint8)
 I32: Dtype = np.dtype(np.int32)
 I64: Dtype = np.dtype(np.int64)
 

@@ -124,6 +124,7 @@ class Expected(NamedTuple):
     strides: tuple[int, ...]  # bytes; of an axis of length 1, any
     free: bool  # whether the first axis may have any length
     written: bool
+    apart: bool  # whether it may share no memory with what is written
 
     def with_rows(self, count: int) -> Expected:
         """Return the same with a length of `count` for the first axis if that is free."""

@@ -22,6 +22,7 @@ import numpy as np
 import pagedcache as pc
 from pagedcache.backend.nvidia import parameters, source
 from pagedcache.backend.nvidia.report import EMPTY, LastRow
+from pagedcache.operators.paged_caching.info import REQUIRED
 
 HERE = Path(__file__).parent
 TAKE = "pagedcache::takeReport"
@@ -39,6 +40,8 @@ class Compiler:
         path = Path(file)
         path = path if path.is_absolute() else source.folder() / path
         lines = [f'#include "{HERE / "host_shim.h"}"', f'#include "{path}"']
+        if "_sync(" in source.read(path):  # its threads meet in shuffles
+            lines.insert(0, "#define PAGEDCACHE_WARPS")
         for number, expression in enumerate(expressions):
             lines.append(
                 f'extern "C" void run_{number}(unsigned int blocks, unsigned int rows, '
@@ -47,6 +50,7 @@ class Compiler:
             )
         text = "\n".join([*lines, more, ""])
         flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-ffp-contract=off"]  # each operation is rounded once
         flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # for unroll; for the shim
         flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
         stem = self.folder / hashlib.sha256(" ".join([text, *flags]).encode()).hexdigest()[:16]
@@ -137,13 +141,12 @@ class HostReport:
 
 def descriptor_on(device, case, **options):
     """Return a descriptor for a case on a HostDevice."""
-    described = dict(zip(pc.Descriptor.arguments, described_by(case), strict=True))
+    described = dict(zip(REQUIRED, described_by(case), strict=True))
     info = pc.PagedCachingInfo.create(*described.values(), layout=case.layout)
     return pc.Descriptor(info, info.rules.expected(described), device, **options)
 
 
 def described_by(case):
     """Return the tensor descriptors of a case."""
-    names = ("k_cache", "v_cache", "k", "v", "slot_mapping")
-    recipes = (case.recipe[name] for name in names)
+    recipes = (case.recipe[name] for name in REQUIRED)
     return [pc.TensorDescriptor(dtype, shape, strides) for dtype, _, shape, strides in recipes]

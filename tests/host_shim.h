@@ -4,6 +4,11 @@
 #pragma once
 
 #include <cstddef>
+#if defined(PAGEDCACHE_WARPS)
+#include <ucontext.h>
+
+#include <memory>
+#endif
 
 struct uint2 {
   unsigned int x, y;
@@ -36,6 +41,111 @@ static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+#if defined(PAGEDCACHE_WARPS)
+// The lanes of a warp take turns, each on a stack of its own. One that waits for others at a
+// shuffle gives its turn to the next. Those that are not named in the mask run on, and one that is
+// named but has ended is noticed.
+struct Warp {
+  static constexpr unsigned int kLanes = 32;
+  static constexpr std::size_t kStack = 1 << 16;
+  ucontext_t scheduler;
+  struct Lane {
+    ucontext_t context;
+    float values[2];        // that it brought to the latest shuffles
+    unsigned int shuffles;  // that it has come to
+    bool done;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+  } lanes[kLanes];
+  unsigned int current;
+  void (*run)(void*);
+  void* argument;
+
+  void yield() { swapcontext(&lanes[current].context, &scheduler); }
+};
+static thread_local Warp* warp;
+static thread_local unsigned int deadlocks;
+
+static float __shfl_xor_sync(unsigned int mask, float value, unsigned int step) {
+  Warp& w = *warp;
+  const unsigned int mine = w.current, other = mine ^ step;
+  Warp::Lane& lane = w.lanes[mine];
+  if (!(mask >> mine & 1) || !(mask >> other & 1)) ++deadlocks;
+  // All lanes wait for each other, so none is two shuffles ahead of another.
+  const unsigned int turn = ++lane.shuffles;
+  lane.values[turn % 2] = value;
+  for (;;) {
+    bool all = true, missing = false;
+    for (unsigned int i = 0; i < Warp::kLanes; ++i) {
+      if (!(mask >> i & 1)) continue;
+      const bool here = w.lanes[i].shuffles >= turn;
+      all = all && here;
+      missing = missing || (!here && w.lanes[i].done);
+    }
+    if (missing) ++deadlocks;  // that lane never comes
+    if (all || missing) break;
+    w.yield();
+  }
+  return w.lanes[other].values[turn % 2];
+}
+
+static void startLane() {
+  warp->run(warp->argument);
+  warp->lanes[warp->current].done = true;
+  warp->yield();
+}
+
+// Runs `run(argument)` for threads `first` to `first + count - 1` of a block as one warp.
+static void runWarp(unsigned int first, unsigned int count, void (*run)(void*), void* argument) {
+  static thread_local std::unique_ptr<Warp> made{new Warp};
+  Warp& w = *(warp = made.get());
+  w.run = run;
+  w.argument = argument;
+  for (unsigned int i = 0; i < Warp::kLanes; ++i) {
+    w.lanes[i].shuffles = 0;
+    w.lanes[i].done = i >= count;
+    getcontext(&w.lanes[i].context);
+    w.lanes[i].context.uc_stack.ss_sp = w.lanes[i].stack.get();
+    w.lanes[i].context.uc_stack.ss_size = Warp::kStack;
+    w.lanes[i].context.uc_link = nullptr;
+    makecontext(&w.lanes[i].context, startLane, 0);
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (w.current = 0; w.current < Warp::kLanes; ++w.current) {
+      if (w.lanes[w.current].done) continue;
+      any = true;
+      threadIdx.x = first + w.current;
+      swapcontext(&w.scheduler, &w.lanes[w.current].context);
+    }
+  }
+}
+extern "C" unsigned int take_deadlocks() {
+  const unsigned int found = deadlocks;
+  deadlocks = 0;
+  return found;
+}
+
+template <typename Parameters>
+void launch(void (*kernel)(Parameters), unsigned int blocks, unsigned int rows,
+            unsigned int threads, const void* parameters) {
+  struct Call {
+    void (*kernel)(Parameters);
+    const Parameters* parameters;
+  } call{kernel, static_cast<const Parameters*>(parameters)};
+  blockDim = {threads, 1};
+  gridDim = {blocks, rows};
+  for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+      for (unsigned int first = 0; first < threads; first += Warp::kLanes)
+        runWarp(
+            first, threads - first < Warp::kLanes ? threads - first : Warp::kLanes,
+            [](void* argument) {
+              const Call& made = *static_cast<Call*>(argument);
+              made.kernel(*made.parameters);
+            },
+            &call);
+}
+#else
 // Blocks and threads run one after the other.
 template <typename Parameters>
 void launch(void (*kernel)(Parameters), unsigned int blocks, unsigned int rows,
@@ -47,3 +157,4 @@ void launch(void (*kernel)(Parameters), unsigned int blocks, unsigned int rows,
       for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
         kernel(*static_cast<const Parameters*>(parameters));
 }
+#endif

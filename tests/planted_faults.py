@@ -589,28 +589,28 @@ FAULTS = (
     # The table of rules
     Fault(
         "dtypes may be mixed",
-        f"{OPERATORS}/rules.py",
+        "pagedcache/rules.py",
         "if rule.like is not None and",
         "if rule.like is None and rule.name != self.counted_by and",
         (BAD_INPUT,),
     ),
     Fault(
         "axes of one name may differ",
-        f"{OPERATORS}/rules.py",
+        "pagedcache/rules.py",
         "                if length != known:\n",
         "                if length > known:\n",
         (BAD_INPUT,),
     ),
     Fault(
         "a cache may overlap itself",
-        f"{OPERATORS}/rules.py",
+        "pagedcache/rules.py",
         "if rule.written and overlaps_itself(",
         "if not rule.written and overlaps_itself(",
         (BAD_INPUT,),
     ),
     Fault(
         "one row of a fused projection is taken for a contiguous one",
-        f"{OPERATORS}/rules.py",
+        "pagedcache/rules.py",
         "if rows > 1 or strides[0] >= one_row:",
         "if rows > 1:",
         ("test_cpu.py",),

@@ -16,6 +16,7 @@ from layouts import expected, forget, same, simple_case
 import pagedcache as pc
 from pagedcache.arrays import dlpack, find, matching
 from pagedcache.arrays.cupy import CONTIGUOUS
+from pagedcache.operators.arguments import Arguments
 
 
 class FakeCupy:
@@ -85,15 +86,22 @@ def five(**changes):
     return {**made, **changes}
 
 
+def arguments_like(described, names=tuple(LOOKS)):
+    """Return what the arguments of a write without scales must be like."""
+    rules = pc.PagedCachingInfo.create(*described.values()).rules
+    expected = rules.expected(described)[:5]
+    renamed = [one._replace(name=name) for one, name in zip(expected, names, strict=True)]
+    return Arguments(names, renamed, names[-1], "cpu")
+
+
 def call_for(given, to_library, ran, apart=None):
     """Return a matcher of arrays of a library, which appends its arguments to `ran`."""
     described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in five().items()}
-    rules = pc.PagedCachingInfo.create(*described.values()).rules
+    arguments = arguments_like(described)
+    arguments.apart.update(apart or {})
     return matching.make_matcher(
-        rules.expected(described),
+        arguments,
         [to_library(array) for array in given.values()],
-        "slot_mapping",
-        {} if apart is None else apart,
         lambda *arguments: ran.append(arguments),
         lambda: 7,
         lambda stream: stream.handle,
@@ -209,12 +217,10 @@ def test_a_slice_of_rows_matches_by_its_strides(to_library):
         name: pc.TensorDescriptor(a.dtype, a.shape, [s // a.itemsize for s in a.strides])
         for name, a in given.items()
     }
-    rules = pc.PagedCachingInfo.create(*described.values()).rules
     call = matching.make_matcher(
-        rules.expected(described),
+        arguments_like(described),
         [to_library(array) for array in given.values()],
-        "slot_mapping", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
-        check_alignment=True,
+        lambda *arguments: ran.append(arguments), lambda: 0, int, check_alignment=True,
     )  # fmt: skip
     for rows in (9, 1, 5):
         slots = np.zeros(rows, np.int64)
@@ -228,12 +234,10 @@ def test_a_slice_of_rows_matches_by_its_strides(to_library):
 def test_tensors_may_have_any_names(to_library):
     """Also those of variables in a matcher."""
     described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in five().items()}
-    expected = pc.PagedCachingInfo.create(*described.values()).rules.expected(described)
-    names = ("run", "count", "stream", "guards", "ndarray")
-    renamed = [one._replace(name=name) for one, name in zip(expected, names, strict=True)]
+    arguments = arguments_like(described, ("run", "count", "stream", "guards", "ndarray"))
     arrays, ran = [to_library(array) for array in five().values()], []
     matcher = matching.make_matcher(
-        renamed, arrays, "ndarray", {}, lambda *arguments: ran.append(arguments), lambda: 0, int,
+        arguments, arrays, lambda *arguments: ran.append(arguments), lambda: 0, int,
         check_alignment=True,
     )  # fmt: skip
     assert matcher(*arrays, None)
@@ -285,9 +289,8 @@ def test_libraries_may_be_mixed_in_a_make_matcher():
         find.library_of("k", array)
     ran = []
     described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in given.items()}
-    rules = pc.PagedCachingInfo.create(*described.values()).rules
     call = matching.make_matcher(
-        rules.expected(described), arrays, "slot_mapping", {},
+        arguments_like(described), arrays,
         lambda *arguments: ran.append(arguments), lambda: 0, int, check_alignment=True,
     )  # fmt: skip
     assert call(*arrays, None)

@@ -287,7 +287,9 @@ def test_workspace():
     )  # fmt: skip
     assert opaque.got == []
     descriptor.calculate(*arrays.values(), workspace=scratch, workspace_size=64)
-    assert opaque.got == [(9, *(a.ctypes.data for a in arrays.values()), 0, scratch.ctypes.data)]
+    assert opaque.got == [
+        (9, *(a.ctypes.data for a in arrays.values()), 0, 0, 0, scratch.ctypes.data)
+    ]
     with pytest.raises(ValueError, match="must not need a workspace"):
         descriptor.bind(*arrays.values())
     status = infiniop.infiniopPagedCaching(

@@ -14,9 +14,10 @@ PACKAGE = Path(pc.__file__).parent
 CHECKOUT = Path(__file__).parents[1]
 # From the ground up; each imports those of its own floor and below.
 FLOORS = (
-    {"status", "locks", "display", "environment", "dtypes", "tensors", "plot", "cache"},
+    {"status", "locks", "display", "environment", "dtypes", "tensors", "rules", "plot"},
     {"arrays"},
     {"backend"},
+    {"cache"},
     {"operators"},
     {"infiniop", "compat", "torch"},
     {"__init__"},

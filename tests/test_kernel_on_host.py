@@ -26,6 +26,7 @@ import pagedcache as pc
 from pagedcache.backend.nvidia import parameters, source
 from pagedcache.backend.protocol import Invalid
 from pagedcache.operators.paged_caching import nvidia
+from pagedcache.operators.paged_caching.info import REQUIRED
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 
@@ -276,7 +277,7 @@ def test_out_of_bounds_on_purpose(compiler):
     larger = dataclasses.replace(info, num_blocks=10)
     case.views["slot_mapping"][...] = 6  # just behind the guard
     write = nvidia.PagedCaching(larger, HostDevice(compiler), HostReport(compiler))
-    write.run(3, *case.addresses(), 0)
+    write.run(3, *case.addresses(), 0, 0, 0)
 
 
 LAUNCH_ROW = """
@@ -338,7 +339,7 @@ def test_caches_past_4_gib(compiler, tmp_path):
     arrays = (k_cache, v_cache, k, k + 1, np.array([0, blocks * 16 - 1, blocks * 16]))
     described = [pc.TensorDescriptor(array.dtype, array.shape) for array in arrays]
     info = pc.PagedCachingInfo.create(*described)
-    named = dict(zip(pc.Descriptor.arguments, described, strict=True))
+    named = dict(zip(REQUIRED, described, strict=True))
     with pc.Descriptor(info, info.rules.expected(named), HostDevice(compiler)) as descriptor:
         descriptor.calculate(*(array.ctypes.data for array in arrays))
     for cache, rows in ((k_cache, k), (v_cache, k + 1)):
@@ -376,7 +377,7 @@ def widths_of(compiler, info, several):
     )
     write = nvidia.PagedCaching(info, device, HostReport(compiler))
     for addresses in several:
-        write.run(9, *addresses, 0)
+        write.run(9, *addresses, 0, 0, 0)
     return [int(re.search(r", (\d+), \w+>$", expression)[1]) for expression in launched]
 
 

@@ -100,7 +100,7 @@ def test_another_package_brings_a_device(clean):
         descriptor.calculate(*case.addresses())
     descriptor.bind(*case.addresses())()
     device = descriptor._device
-    assert device.calls == [(9, *case.addresses(), stream) for stream in (5, 4, 5, 4, 4)]
+    assert device.calls == [(9, *case.addresses(), 0, 0, stream) for stream in (5, 4, 5, 4, 4)]
     with pytest.raises(ValueError, match=r"k_cache must have device toy:3, as when .* got cpu"):
         descriptor.calculate(*case.arrays())
 
@@ -269,7 +269,7 @@ def test_a_bound_write_runs_on_its_stream_or_on_the_current_one(on_toy):
         write()
         on_mine()
     assert [call[-1] for call in device.calls] == [4, 5, 7, 5, 0, 5]
-    assert {call[:-1] for call in device.calls} == {(9, *case.addresses())}
+    assert {call[:-1] for call in device.calls} == {(9, *case.addresses(), 0, 0)}
 
 
 def test_a_null_stream_in_c_is_the_default_one(on_toy):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.arrays.library import Library
+from pagedcache.status import BadParamError, NullPointerError
 
 if TYPE_CHECKING:
     from pagedcache.tensors import Expected
@@ -42,3 +43,14 @@ class Addresses(Library):
 
 
 ADDRESSES = Addresses()
+
+
+def check_address(name: str, address: int, itemsize: int) -> None:
+    """Raise if an address is not that of data with this item size."""
+    if address <= 0:
+        raise NullPointerError(name, "must not be a null pointer", hex(address))
+    if address >> BITS:
+        raise BadParamError(name, f"must be an address below 2**{BITS}", hex(address))
+    if address % itemsize:
+        rule = f"must start at a multiple of its item size, {itemsize} bytes"
+        raise BadParamError(name, rule, hex(address))

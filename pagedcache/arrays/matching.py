@@ -15,9 +15,8 @@ five CuPy arrays, it begins::
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pagedcache.arrays.addresses import ADDRESSES
 from pagedcache.arrays.find import libraries
@@ -36,11 +35,37 @@ Whether they do depends on the distance alone, unless the number of rows does.
 """
 
 
+class Arguments(Protocol):
+    """What a matcher needs to know about the arguments of a call."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all arguments."""
+
+    @property
+    def expected(self) -> tuple[Expected | None, ...]:
+        """What each array must be like; ``None`` if it must be ``None``."""
+
+    @property
+    def counted_by(self) -> str:
+        """The array whose first axis has the number of rows. Free axes of others may be longer."""
+
+    @property
+    def present(self) -> list[tuple[int, Expected]]:
+        """Those that are not ``None``, with their places among the arguments."""
+
+    @property
+    def apart_pairs(self) -> list[tuple[int, Expected, int, Expected]]:
+        """Pairs of arrays that must share no memory."""
+
+    @property
+    def apart(self) -> Apart:
+        """Distances at which they share none, besides those that are as long as an array."""
+
+
 def make_matcher(
-    expected: Sequence[Expected],
+    arguments: Arguments,
     arrays: Sequence[Any],
-    counted_by: str,
-    apart: Apart,
     run: Callable[..., None],
     current_stream: Callable[[], int],
     handle_of: Callable[[Any], int],
@@ -51,15 +76,9 @@ def make_matcher(
 
     Parameters
     ----------
-    expected : sequence of Expected
-        What each array must be like.
-    arrays : sequence of array or int
-        Arrays that are.
-    counted_by : str
-        The name of the array whose first axis has the number of rows. Others whose first axis is
-        free may be longer.
-    apart : Apart
-        Arrays that are written must be as far apart as they are long, or at one of these distances.
+    arguments : Arguments
+    arrays : sequence of array, int or None
+        Arrays that are as they must be.
     run : callable
         Takes the number of rows, the addresses, and the handle of a stream.
     current_stream : callable
@@ -74,40 +93,45 @@ def make_matcher(
     callable or None
         ``None`` if an array is of a library that has no matchers.
     """
-    groups: dict[int, tuple[Library, list[int]]] = {}
-    for index, array in enumerate(arrays):
+    expected = arguments.expected
+    groups: dict[int, tuple[Library, list[Expected], list[Any]]] = {}
+    for index, one in arguments.present:
+        array = arrays[index]
         library = ADDRESSES if type(array) is int else libraries.get(type(array))
         if library is None or not library.has_matchers:
             return None
-        groups.setdefault(id(library), (library, []))[1].append(index)
+        _, mine, theirs = groups.setdefault(id(library), (library, [], []))
+        mine.append(one)
+        theirs.append(array)
     constants: dict[str, Any] = {
         "_run": run,
         "_current_stream": current_stream,
         "_handle_of": handle_of,
     }
-    conditions, statements = [], []
+    names, counted_by = arguments.names, arguments.counted_by
+    missing = [name for name, one in zip(names, expected, strict=True) if one is None]
+    conditions, statements = [f"{name} is None" for name in missing], []
     address, count = {}, ""
-    for library, indices in groups.values():
-        mine, theirs = [expected[i] for i in indices], [arrays[i] for i in indices]
+    for library, mine, theirs in groups.values():
         conditions += library.conditions(mine, theirs, counted_by, constants)
         statements += library.statements(mine, theirs, constants)
         for one in mine:
             address[one.name] = library.address(one.name)
             if one.name == counted_by:
                 count = library.rows(one, constants)
-    names = [one.name for one in expected]
     # Arrays of another library are refused sooner than they are counted.
     conditions.sort(key=lambda condition: "_count" in condition)
     uncounted = sum("_count" not in condition for condition in conditions)
     conditions.insert(uncounted, f"(_count := {count}) > 0")
     lines = [f"if not ({' and '.join(conditions)}):", "    return False"]
-    lines += [f"_at_{name} = {address[name]}" for name in names]
-    lines += _address_checks(expected, check_alignment=check_alignment)
-    for first, second in itertools.combinations(range(len(expected)), 2):
-        pair = expected[first], expected[second]
-        if pair[0].written and pair[1].written:
-            lines += _overlap_check(*pair, apart.setdefault((first, second), set()), constants)
-    factory = _factory(tuple(names), tuple(constants), (*lines, *statements))
+    lines += [f"_at_{name} = {expression}" for name, expression in address.items()]
+    present = [one for _, one in arguments.present]
+    lines += _address_checks(present, check_alignment=check_alignment)
+    for i, one, j, other in arguments.apart_pairs:
+        known = arguments.apart.setdefault((i, j), set())
+        lines += _overlap_check(one, other, known, constants)
+    addresses = tuple(f"_at_{name}" if name in address else "0" for name in names)
+    factory = _factory(names, addresses, tuple(constants), (*lines, *statements))
     made: Matcher = factory(**constants)
     return made
 
@@ -147,7 +171,10 @@ def _overlap_check(
 
 @functools.lru_cache
 def _factory(
-    names: tuple[str, ...], constants: tuple[str, ...], lines: tuple[str, ...]
+    names: tuple[str, ...],
+    addresses: tuple[str, ...],
+    constants: tuple[str, ...],
+    lines: tuple[str, ...],
 ) -> Callable[..., Matcher]:
     """Return a function from the constants to the matcher with these lines."""
     checks = "\n".join(f"            {line}" for line in lines)
@@ -162,7 +189,7 @@ def make({", ".join(constants)}):
             _stream = _current_stream()
         elif type(_stream) is not int:
             _stream = _handle_of(_stream)
-        _run(_count, {", ".join(f"_at_{name}" for name in names)}, _stream)
+        _run(_count, {", ".join(addresses)}, _stream)
         return True
     return match
 """

@@ -12,7 +12,11 @@ LAYOUTS = {
 
 
 def resolve_layout(
-    layout: object, k_cache: tuple[int, ...], k: tuple[int, ...], default: str = "HND"
+    layout: object,
+    k_cache: tuple[int, ...],
+    k: tuple[int, ...],
+    default: str = "HND",
+    subject: str = "k",
 ) -> str:
     """Return the layout that was asked for, or the one that two shapes allow.
 
@@ -24,6 +28,8 @@ def resolve_layout(
         Shapes.
     default : str
         Returned if the shapes are wrong in other ways, or if all layouts mean the same.
+    subject : str
+        The argument that has the shape `k`.
 
     Raises
     ------
@@ -44,7 +50,7 @@ def resolve_layout(
     if not fitting:
         choices = " or ".join(f"{heads} in layout {name}" for name, heads in found.items())
         rule = f"must have the num_kv_heads of k_cache, {choices}"
-        raise BadTensorShapeError("k", rule, f"shape {k}")
+        raise BadTensorShapeError(subject, rule, f"shape {k}")
     if len(fitting) > 1 and k[1] > 1:
         rule = (
             f"must be given, because a cache of shape {k_cache} has {k[1]} KV heads and blocks of "

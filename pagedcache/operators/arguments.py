@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagedcache.arrays.addresses import BITS
+from pagedcache.arrays.addresses import check_address
 from pagedcache.arrays.find import adopt, library_of
-from pagedcache.operators.rules import check_rows
+from pagedcache.rules import check_rows
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
@@ -37,8 +37,10 @@ class Arguments:
 
     Parameters
     ----------
-    expected : sequence of Expected
-        What each array must look like, in the order of the arguments.
+    names : sequence of str
+        The names of all arguments.
+    expected : sequence of Expected or None
+        What each array must look like, in the same order. ``None``: it must be ``None``.
     counted_by : str
         The array whose first axis has the number of rows.
     device : str
@@ -46,43 +48,66 @@ class Arguments:
 
     Attributes
     ----------
+    present : list of (int, Expected)
+        Those that are given, and their places among the arguments.
+    apart_pairs : list of (int, Expected, int, Expected)
+        Pairs of them that must share no memory.
     apart : Apart
-        Distances between arrays that are written at which they are known to share no memory.
+        Distances between two such at which they are known to share none.
     """
 
-    def __init__(self, expected: Sequence[Expected], counted_by: str, device: str) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        expected: Sequence[Expected | None],
+        counted_by: str,
+        device: str,
+    ) -> None:
+        self.names = tuple(names)
         self.expected = tuple(expected)
         self.counted_by = counted_by
+        self.present = [(i, one) for i, one in enumerate(self.expected) if one is not None]
+        self.apart_pairs = [
+            (i, one, j, other)
+            for (i, one), (j, other) in itertools.combinations(self.present, 2)
+            if one.apart and other.apart and (one.written or other.written)
+        ]
         self.apart: Apart = {}
         self._device = device
 
     def read(self, arrays: Sequence[Any]) -> tuple[int, ...]:
         """Return the number of rows and the addresses; raise for arguments that do not fit."""
-        tensors = [
-            None if type(array) is int else adopt(one.name, array)
-            for one, array in zip(self.expected, arrays, strict=True)
-        ]
+        for name, one, array in zip(self.names, self.expected, arrays, strict=True):
+            if one is None and array is not None:
+                raise _changed(BadParamTypeError, name, "the value None", shown(array))
+        tensors = {
+            i: None if type(arrays[i]) is int else adopt(one.name, arrays[i])
+            for i, one in self.present
+        }
         rows = 0
-        for one, tensor in zip(self.expected, tensors, strict=True):
+        for i, one in self.present:
+            tensor = tensors[i]
             if tensor is not None:
-                self._check(one, tensor)
+                self.check(one, tensor)
             if one.name == self.counted_by:
                 rows = one.shape[0] if tensor is None else tensor.shape[0]
-        addresses = []
-        for one, tensor, array in zip(self.expected, tensors, arrays, strict=True):
+        addresses = [0] * len(arrays)
+        for i, one in self.present:
+            tensor, array = tensors[i], arrays[i]
             if tensor is not None and one.free:
                 check_rows(one.name, tensor.shape[0], self.counted_by, rows)
             address = array if tensor is None else tensor.address
             if rows or not one.free:
                 check_address(one.name, address, one.dtype.itemsize)
-            addresses.append(address)
+            addresses[i] = address
             if tensor is not None and one.written:
                 check_writable(one.name, array, tensor)
         if rows:
             self._check_overlap(rows, addresses)
         return rows, *addresses
 
-    def _check(self, one: Expected, tensor: Tensor) -> None:
+    def check(self, one: Expected, tensor: Tensor) -> None:
+        """Raise if an array is not like the one that the operation was created for."""
         name, shape = one.name, tensor.shape
         if one.free and (len(shape) != len(one.shape) or shape[1:] != one.shape[1:]):
             wanted = ", ".join(map(str, ("rows", *one.shape[1:])))
@@ -101,12 +126,8 @@ class Arguments:
             raise _changed(BadParamError, name, f"device {self._device}", tensor.device)
 
     def _check_overlap(self, rows: int, addresses: Sequence[int]) -> None:
-        written = [
-            (index, one, address)
-            for index, (one, address) in enumerate(zip(self.expected, addresses, strict=True))
-            if one.written
-        ]
-        for (i, one, at), (j, other, other_at) in itertools.combinations(written, 2):
+        for i, one, j, other in self.apart_pairs:
+            at, other_at = addresses[i], addresses[j]
             known = self.apart.setdefault((i, j), set())
             if other_at - at not in known:
                 check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)
@@ -168,17 +189,6 @@ def byte_range(array: Array) -> str:
     """Return the addresses of an array in words."""
     start, end = np.lib.array_utils.byte_bounds(array)
     return f"{start:#x} to {end:#x}"
-
-
-def check_address(name: str, address: int, itemsize: int) -> None:
-    """Raise if an address is not that of data with this item size."""
-    if address <= 0:
-        raise NullPointerError(name, "must not be a null pointer", hex(address))
-    if address >> BITS:
-        raise BadParamError(name, f"must be an address below 2**{BITS}", hex(address))
-    if address % itemsize:
-        rule = f"must start at a multiple of its item size, {itemsize} bytes"
-        raise BadParamError(name, rule, hex(address))
 
 
 def as_address(name: str, value: object) -> int:

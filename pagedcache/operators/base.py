@@ -28,7 +28,7 @@ from pagedcache.tensors import Expected, Tensor, TensorDescriptor
 if TYPE_CHECKING:
     from pagedcache.arrays.library import Library
     from pagedcache.backend.protocol import Device, Implementation, Invalid, LaunchConfig
-    from pagedcache.operators.rules import Rules
+    from pagedcache.rules import Rules
 
 ON_INVALID = ("skip", "raise")
 NO_WORKSPACE = 0  # Python has one 0, so whether a size is this one is quickly told
@@ -59,8 +59,8 @@ class Operation(Generic[InfoT]):
     Parameters
     ----------
     info : Info
-    expected : tuple of Expected
-        What the array of each argument must be like.
+    expected : tuple of Expected or None
+        What the array of each argument must be like; ``None`` for one that is not given.
     device : Device
     on_invalid : {"skip", "raise"}
     debug : bool
@@ -76,9 +76,11 @@ class Operation(Generic[InfoT]):
     name : str
         Of the operator.
     arguments : tuple of str
-        The names of its tensors.
+        The names of its tensors, those that may be ``None`` last.
     free : frozenset of str
         Those whose first axis is free.
+    optional : frozenset of str
+        Those that may be ``None``.
     implementations : mapping of str to str
         From a device type to ``"module:Class"``, an `Implementation`. For other device types, the
         device is asked.
@@ -87,12 +89,13 @@ class Operation(Generic[InfoT]):
     name: ClassVar[str]
     arguments: ClassVar[tuple[str, ...]]
     free: ClassVar[frozenset[str]]
+    optional: ClassVar[frozenset[str]] = frozenset()
     implementations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
         info: InfoT,
-        expected: tuple[Expected, ...],
+        expected: tuple[Expected | None, ...],
         device: Device,
         *,
         on_invalid: str = "skip",
@@ -111,7 +114,7 @@ class Operation(Generic[InfoT]):
         self.workspace_size: int = implementation.workspace_size
         self._implementation: Implementation | None = implementation
         self._run = implementation.run
-        self._arguments = Arguments(expected, info.rules.counted_by, device.name)
+        self._arguments = Arguments(self.arguments, expected, info.rules.counted_by, device.name)
         self.matchers: Matchers = {}
         self.latest: Matcher = _match_nothing
 
@@ -153,15 +156,17 @@ class Operation(Generic[InfoT]):
         tensors: dict[str, Tensor] = {}
         described: dict[str, TensorDescriptor] = {}
         for name, array in zip(cls.arguments, arrays, strict=True):
+            if array is None and name in cls.optional:
+                continue
             if isinstance(array, TensorDescriptor):
                 described[name] = array
             else:
                 tensors[name] = adopt(name, array)
                 described[name] = tensors[name].describe(name)
-        info = make_info(*described.values())
+        info = make_info(**described)
         expected = info.rules.expected(described)
         for one, array in zip(expected, arrays, strict=True):
-            if one.written and one.name in tensors:
+            if one is not None and one.written and one.name in tensors:
                 check_writable(one.name, array, tensors[one.name])
         if not isinstance(on_invalid, str) or on_invalid not in ON_INVALID:
             rule = f"must be one of {', '.join(ON_INVALID)}"
@@ -177,11 +182,10 @@ class Operation(Generic[InfoT]):
 
     def _check_created(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise if arrays that will be written share memory, as far as they are there already."""
-        written = [one for one in self._arguments.expected if one.written and one.name in tensors]
-        for index, one in enumerate(written):
-            for other in written[index + 1 :]:
-                addresses = [tensors[each.name].address for each in (one, other)]
-                check_overlap(one, addresses[0], other, addresses[1])
+        for _, one, _, other in self._arguments.apart_pairs:
+            if one.name in tensors and other.name in tensors:
+                at, other_at = (tensors[each.name].address for each in (one, other))
+                check_overlap(one, at, other, other_at)
 
     # Calls
 
@@ -225,10 +229,8 @@ class Operation(Generic[InfoT]):
         """Make a matcher of arrays like these."""
         implementation = self._alive()
         matcher = make_matcher(
-            self._arguments.expected,
+            self._arguments,
             arrays,
-            self._arguments.counted_by,
-            self._arguments.apart,
             self._run,
             current_stream,
             self._device.stream,
@@ -246,16 +248,20 @@ class Operation(Generic[InfoT]):
     def _run_at(
         self, addresses: tuple[Any, ...], workspace: Any, workspace_size: Any, stream: Any
     ) -> None:
-        """Check the arguments of a call in C, all of them addresses, and run."""
+        """Check the arguments of a call in C, all of them addresses, and run.
+
+        Those that are optional can be left out.
+        """
         *given, workspace_at, handle = (
             as_address(name, address)
             for name, address in zip(
-                (*self.arguments, "workspace", "stream"),
+                (*self.arguments[: len(addresses)], "workspace", "stream"),
                 (*addresses, workspace, stream),
                 strict=True,
             )
         )
-        self.run(tuple(given), handle, workspace_at, workspace_size)
+        missing = (None,) * (len(self.arguments) - len(addresses))
+        self.run((*given, *missing), handle, workspace_at, workspace_size)
 
     def _bind(self, arrays: tuple[Any, ...], stream: Any) -> Callable[[], None]:
         """Return a function that runs on the same arrays each time."""
@@ -294,7 +300,7 @@ class Operation(Generic[InfoT]):
         """Return what libraries want to be called before each write into these arrays, if any."""
         groups: dict[Library, list[tuple[str, Any]]] = {}
         for one, array in zip(self._arguments.expected, arrays, strict=True):
-            if one.written and type(array) is not int:
+            if one is not None and one.written and type(array) is not int:
                 groups.setdefault(library_of(one.name, array), []).append((one.name, array))
         notes = [
             note

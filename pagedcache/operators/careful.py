@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ class Careful(Implementation):
     ----------
     implementation : Implementation
     device : Device
-    expected : sequence of Expected
+    expected : sequence of Expected or None
     inspect : callable or None
         Called before each run with all data on the host, once it is known that what is read shares
         no memory with what is written. ``None``: nothing is looked at before.
@@ -40,7 +40,7 @@ class Careful(Implementation):
         self,
         implementation: Implementation,
         device: Device,
-        expected: Sequence[Expected],
+        expected: Sequence[Expected | None],
         inspect: Inspect | None,
         refuse: Callable[[Invalid], Exception] | None,
     ) -> None:
@@ -83,8 +83,9 @@ class Careful(Implementation):
         views = {
             one.name: one.with_rows(rows).at(address)
             for one, address in zip(self._expected, addresses, strict=False)
+            if one is not None
         }
-        written = [one.name for one in self._expected if one.written]
+        written = [one.name for one in self._expected if one is not None and one.written]
         read = [name for name in views if name not in written]
         for name in read:
             for other in written:
@@ -93,11 +94,24 @@ class Careful(Implementation):
                     got = f"{byte_range(views[name])} and {byte_range(views[other])}"
                     raise SourceOverlapError(name, rule, got)
         assert self._inspect is not None
-        self._inspect({name: self._fetched(views[name], stream) for name in read})
+        self._inspect(_Fetched({name: views[name] for name in read}, self._device, stream))
 
-    def _fetched(self, there: Array, stream: int) -> Array:
-        """Return a view of device memory with its data on the host."""
+
+class _Fetched(Mapping[str, Array]):
+    """Data on the host, copied when it is asked for: most calls do not inspect a whole cache."""
+
+    def __init__(self, views: Mapping[str, Array], device: Device, stream: int) -> None:
+        self._views, self._device, self._stream = views, device, stream
+
+    def __getitem__(self, name: str) -> Array:
+        there = self._views[name]
         start, end = np.lib.array_utils.byte_bounds(there)
-        data = self._device.read(start, end - start, stream)
+        data = self._device.read(start, end - start, self._stream)
         fetched: Array = np.ndarray(there.shape, there.dtype, data, strides=there.strides)
         return fetched
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pagedcache.arrays.find import adopt
 from pagedcache.locks import make_lock
 from pagedcache.operators.base import Operation
-from pagedcache.operators.rules import row_step
+from pagedcache.rules import row_step
 
 if TYPE_CHECKING:
     from pagedcache.tensors import Tensor
@@ -52,8 +52,11 @@ class Kept(Generic[OperationT]):
         for *known, operation in self.recent:
             if all(map(operator.is_, options, known)) and operation.run_if_matched(arrays, stream):
                 return
-        names = self._kind.arguments
-        tensors = [adopt(name, array) for name, array in zip(names, arrays, strict=True)]
+        names, optional = self._kind.arguments, self._kind.optional
+        tensors = [
+            None if array is None and name in optional else adopt(name, array)
+            for name, array in zip(names, arrays, strict=True)
+        ]
         if not all(option is None or type(option) is str for option in options):
             # Refused if it is not a string at all.
             self._create(*arrays, *options).run(arrays, stream)
@@ -86,7 +89,9 @@ class Kept(Generic[OperationT]):
         others = (each for each in self.recent if each[-1] is not entry[-1])
         self.recent = (entry, *others)[:MOST_RECENT]
 
-    def _signature(self, name: str, tensor: Tensor) -> Hashable:
+    def _signature(self, name: str, tensor: Tensor | None) -> Hashable:
+        if tensor is None:
+            return None
         dtype, shape, strides = tensor.dtype, tensor.shape, tensor.strides
         if name in self._kind.free and shape:
             strides = (row_step(shape, strides, dtype.itemsize), *strides[1:])

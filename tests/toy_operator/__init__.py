@@ -15,7 +15,7 @@ from pagedcache.backend.protocol import Invalid
 from pagedcache.dtypes import F32
 from pagedcache.operators.base import Operation
 from pagedcache.operators.one_call import Kept
-from pagedcache.operators.rules import Rule, Rules
+from pagedcache.rules import Rule, Rules
 from pagedcache.status import BadParamError
 from pagedcache.tensors import TensorDescriptor
 

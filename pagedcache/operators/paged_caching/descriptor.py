@@ -4,24 +4,20 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pagedcache.operators.base import NO_WORKSPACE, Operation
-from pagedcache.operators.paged_caching.explain import SlotExplanation
+from pagedcache.operators.base import NO_WORKSPACE
 from pagedcache.operators.paged_caching.info import RULES, PagedCachingInfo
 from pagedcache.operators.paged_caching.inspect import inspect
-from pagedcache.status import BadParamError, BadParamTypeError, InvalidSlotError, shown
+from pagedcache.operators.slot_operation import SlotOperation
 
 if TYPE_CHECKING:
     from pagedcache.backend.handle import Handle
-    from pagedcache.backend.protocol import Invalid, LaunchConfig
-    from pagedcache.display import Rows
     from pagedcache.operators.careful import Inspect
 
 
-class Descriptor(Operation[PagedCachingInfo]):
+class Descriptor(SlotOperation[PagedCachingInfo]):
     """A paged caching write, checked once and run any number of times.
 
     Created by `create`, run by `calculate`, ended by `destroy` or by the end of a ``with`` block.
@@ -45,9 +41,10 @@ class Descriptor(Operation[PagedCachingInfo]):
     name: ClassVar[str] = "paged_caching"
     arguments: ClassVar[tuple[str, ...]] = RULES["HND"].names
     free: ClassVar[frozenset[str]] = RULES["HND"].free_names
+    optional: ClassVar[frozenset[str]] = RULES["HND"].optional_names
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_caching.cpu:PagedCaching",
-        "cuda": "pagedcache.operators.paged_caching.nvidia:PagedCaching",
+        "cuda": "pagedcache.operators.paged_caching.nvidia:implementation",
     }
 
     @classmethod
@@ -59,12 +56,16 @@ class Descriptor(Operation[PagedCachingInfo]):
         v: Any,
         slot_mapping: Any,
         *,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        k_format: str | None = None,
+        v_format: str | None = None,
         layout: str | None = None,
         handle: Handle | None = None,
         on_invalid: str = "skip",
         debug: bool | None = None,
     ) -> Descriptor:
-        """Check the five tensors, pick the backend of their device, and compile.
+        """Check the tensors, pick the backend of their device, and compile.
 
         Parameters
         ----------
@@ -72,15 +73,32 @@ class Descriptor(Operation[PagedCachingInfo]):
             Arrays of NumPy, CuPy or PyTorch, or any with DLPack, ``__cuda_array_interface__`` or
             ``__array_interface__``; never copied.
             ``[num_blocks, num_kv_heads, block_size, head_size]`` for layout ``"HND"``,
-            ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16
-            or float32. Each may have any strides, but the last axis must have stride 1. No two
-            elements may share memory, in one cache or, where both are arrays, in the two. V may
-            have a head size of its own.
+            ``[num_blocks, block_size, num_kv_heads, head_size]`` for ``"NHD"``; float16, bfloat16,
+            float32, float8_e4m3fn, float8_e5m2, int8, or uint8 for bytes in any 8-bit format or in
+            int4, which has a last axis of ``head_size / 2``. Each may have any strides, but the
+            last axis must have stride 1. No two elements may share memory, in one cache or, where
+            both are arrays, in the two. V may have a head size and a format of its own.
         k, v : array or TensorDescriptor
-            ``[num_tokens or more, num_kv_heads, head_size]``, of the same dtype, with any strides
-            that are not negative, the last axis 1. These and the slots may also be JAX arrays.
+            ``[num_tokens or more, num_kv_heads, head_size]``, float16, bfloat16 or float32, with
+            any strides that are not negative, the last axis 1. These, the slots, and scales that
+            are read may also be JAX arrays.
         slot_mapping : array or TensorDescriptor
             ``[num_tokens]``, int64 or int32.
+        k_scale, v_scale : array or TensorDescriptor, optional
+            Of 8-bit floats, where the default is 1, and of int8 and int4, where one is needed;
+            float32. The shape says what shares a scale. One element: the whole cache.
+            ``[num_kv_heads]``: a head. ``[num_kv_heads, head_size]``: a dimension of a head. These
+            are read, and ``x / scale`` is stored. ``[num_blocks, num_kv_heads, block_size]`` (in
+            ``"NHD"``, ``[num_blocks, block_size, num_kv_heads]``): a token's row in a head; with
+            one more axis of ``head_size / n``: `n` neighbouring elements of such a row. These are
+            computed and written: ``scale = max(amax / most, 1e-6)``, where `most` is 448, 57344,
+            127 or 7, and ``x * (1 / scale)`` is stored. Any strides, so scales may be beside the
+            rows or inside them, but they must share no memory with a cache.
+        k_format, v_format : str, optional
+            How K and V are stored: ``"float16"``, ``"bfloat16"``, ``"float32"``,
+            ``"float8_e4m3fn"``, ``"float8_e5m2"``, ``"int8"`` or ``"int4"``. Needed where a cache
+            is of bytes (uint8), and where it is of another of the first three than `k` and `v`. By
+            default, the dtype of the cache.
         layout : {"HND", "NHD"}, optional
             By default, the one in which the caches have as many KV heads as `k`. It must be given
             if a block has as many slots as there are KV heads, which allows both.
@@ -116,8 +134,10 @@ class Descriptor(Operation[PagedCachingInfo]):
         them even after `destroy`.
         """
         return cls._create(
-            (k_cache, v_cache, k, v, slot_mapping),
-            functools.partial(PagedCachingInfo.create, layout=layout),
+            (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale),
+            functools.partial(
+                PagedCachingInfo.create, layout=layout, k_format=k_format, v_format=v_format
+            ),
             handle=handle,
             on_invalid=on_invalid,
             debug=debug,
@@ -131,6 +151,8 @@ class Descriptor(Operation[PagedCachingInfo]):
         v: Any,
         slot_mapping: Any,
         *,
+        k_scale: Any = None,
+        v_scale: Any = None,
         workspace: Any = None,
         workspace_size: int = NO_WORKSPACE,
         stream: Any = None,
@@ -144,7 +166,7 @@ class Descriptor(Operation[PagedCachingInfo]):
 
         Parameters
         ----------
-        k_cache, v_cache, k, v, slot_mapping : array or int
+        k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale : array or int
             Of the device, dtypes, shapes and strides that the descriptor was created for, but with
             any number of tokens, which is the length of `slot_mapping`; `k` and `v` may have more
             rows. An int is the address of such data and is trusted; if `slot_mapping` is one, the
@@ -182,13 +204,22 @@ class Descriptor(Operation[PagedCachingInfo]):
         if (
             workspace is not None
             or workspace_size is not NO_WORKSPACE
-            or not self.latest(k_cache, v_cache, k, v, slot_mapping, stream)
+            or not self.latest(k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale, stream)
         ):
-            arrays = (k_cache, v_cache, k, v, slot_mapping)
+            arrays = (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale)
             self.run(arrays, stream, workspace, workspace_size)
 
     def bind(
-        self, k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any, *, stream: Any = None
+        self,
+        k_cache: Any,
+        v_cache: Any,
+        k: Any,
+        v: Any,
+        slot_mapping: Any,
+        *,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        stream: Any = None,
     ) -> Callable[[], None]:
         """Return a function that queues the write of these arrays each time it is called.
 
@@ -198,7 +229,7 @@ class Descriptor(Operation[PagedCachingInfo]):
 
         Parameters
         ----------
-        k_cache, v_cache, k, v, slot_mapping : array or int
+        k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale : array or int
             See `calculate`.
         stream : optional
             See `calculate`. By default, the stream that is current at each call.
@@ -213,7 +244,7 @@ class Descriptor(Operation[PagedCachingInfo]):
         PagedCacheError
             See `calculate`.
         """
-        return self._bind((k_cache, v_cache, k, v, slot_mapping), stream)
+        return self._bind((k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale), stream)
 
     def _write_at(
         self,
@@ -233,136 +264,20 @@ class Descriptor(Operation[PagedCachingInfo]):
             or workspace_size is not NO_WORKSPACE
             or not (type(workspace) is int or workspace is None)
             or not (type(stream) is int or stream is None)
-            or not matcher(k_cache, v_cache, k, v, slot_mapping, stream or 0)
+            or not matcher(k_cache, v_cache, k, v, slot_mapping, None, None, stream or 0)
         ):
             addresses = (k_cache, v_cache, k, v, slot_mapping)
             self._run_at(addresses, workspace, workspace_size, stream)
-
-    def launch_config(self, num_tokens: int) -> LaunchConfig:
-        """Return the launch that `calculate` makes for this many tokens.
-
-        Parameters
-        ----------
-        num_tokens : int
-
-        Returns
-        -------
-        LaunchConfig
-
-        Raises
-        ------
-        BadParamError
-            `num_tokens` is not an int, or is negative.
-        DestroyedError
-            After `destroy`.
-        """
-        return self._launch_config("num_tokens", num_tokens)
-
-    def check(self) -> None:
-        """Raise if the calls since the last check met a slot past the end of the cache.
-
-        For descriptors with ``on_invalid="skip"``. On CUDA this waits for the streams that the
-        descriptor was run on since then, and for nothing else: other threads can go on, and can
-        capture. A stream that was passed as an int must still exist.
-
-        Calls in a CUDA graph are reported too, but a replay is not waited for: synchronize its
-        stream first. Slots that other threads meet meanwhile are reported now or next time.
-
-        Raises
-        ------
-        InvalidSlotError
-            With the first token whose slot was invalid, its slot in the earliest such call, the
-            number of such tokens in all calls, and the capacity of the cache.
-        LaunchError
-            Something that was queued on these streams failed.
-        NotSupportedError
-            One of these streams is being captured, or is CUDA's default stream while a stream that
-            blocks it is being captured.
-        DestroyedError
-            After `destroy`.
-
-        Notes
-        -----
-        If other threads ran this descriptor on the per-thread default stream, this waits for all
-        streams of the device, since nothing else can name theirs.
-        """
-        super().check()
-
-    def explain(self, slot_or_token: int, slot_mapping: Any = None) -> SlotExplanation:
-        """Show where a token goes: its block, offset, and bytes in each cache.
-
-        Parameters
-        ----------
-        slot_or_token : int
-            A slot; if `slot_mapping` is given, the index of a token in it.
-        slot_mapping : array, optional
-            Of ints, on any device. It is read, so on a GPU this waits for it.
-
-        Returns
-        -------
-        SlotExplanation
-            Made to be printed, or displayed in a notebook.
-
-        Raises
-        ------
-        BadParamError
-            `slot_or_token` is not an int or not a token of `slot_mapping`, or `slot_mapping` is not
-            a sequence of ints.
-        DestroyedError
-            After `destroy`.
-        """
-        self._alive()
-        try:
-            slot, token = operator.index(slot_or_token), None
-        except Exception:  # of whatever was given
-            rule = "must be an int"
-            raise BadParamTypeError("slot_or_token", rule, shown(slot_or_token)) from None
-        if slot_mapping is not None:
-            try:
-                count = len(slot_mapping)
-                found = operator.index(slot_mapping[slot]) if 0 <= slot < count else None
-            except Exception as error:
-                rule = f"must be a sequence of ints ({error})"
-                raise BadParamTypeError("slot_mapping", rule, type(slot_mapping)) from error
-            if found is None:
-                rule = f"must be one of the {count} tokens of slot_mapping"
-                raise BadParamError("slot_or_token", rule, shown(slot))
-            slot, token = found, slot
-        if not -(2**63) <= slot < 2**63:
-            raise BadParamError("slot_or_token", "must fit in 64 bits", shown(slot))
-        return SlotExplanation.of(self.info, slot, token)
 
     @property
     def _inspect(self) -> Inspect:
         return functools.partial(inspect, self.info)
 
-    def _invalid(self, found: Invalid, where: str = "in this call") -> InvalidSlotError:
-        return InvalidSlotError(found.row, found.value, found.count, self.info.num_slots, where)
-
     def __repr__(self) -> str:
         info = self.info
-        heads = f"{info.num_kv_heads} x {info.head_size}"
-        if info.v_head_size != info.head_size:
-            heads += f" (V {info.v_head_size})"
+        formats = str(info.dtype) if info.copies else f"{info.dtype} to {self._formats()}"
         state = "" if self._implementation is not None else ", destroyed"
         return (
-            f"<pagedcache.Descriptor {info.layout} {info.dtype} on {self.device}: {heads} heads, "
-            f"{info.num_blocks} blocks of {info.block_size}, {info.slot_dtype} slots{state}>"
+            f"<pagedcache.Descriptor {info.layout} {formats} on {self.device}: {self._heads()} "
+            f"heads, {info.num_blocks} blocks of {info.block_size}, {info.slot_dtype} slots{state}>"
         )
-
-    def _rows(self) -> Rows:
-        info = self.info
-        strides = {one.name: one.strides for one in self._arguments.expected if len(one.shape) > 1}
-        rows = [
-            ("layout", f"{info.layout}, {info.dtype}, {info.slot_dtype} slots"),
-            ("device", self.device),
-            ("capacity", f"{info.num_blocks} blocks of {info.block_size} = {info.num_slots} slots"),
-            ("KV heads", str(info.num_kv_heads)),
-            ("head size", f"{info.head_size} of K, {info.v_head_size} of V"),
-            *((f"strides of {name}, bytes", str(steps)) for name, steps in strides.items()),
-        ]
-        if self._implementation is not None:
-            config = self._implementation.launch_config(info.num_tokens)
-            launch = f"grid {config.grid}, block {config.block}"
-            rows.append((f"launch for {info.num_tokens} tokens", launch))
-        return rows

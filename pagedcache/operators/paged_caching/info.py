@@ -3,28 +3,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from pagedcache.cache.formats import SOURCE_DTYPES, Format, resolve_format
 from pagedcache.cache.layout import LAYOUTS, resolve_layout
-from pagedcache.dtypes import BF16, F16, F32, I32, I64, Dtype
-from pagedcache.operators.rules import Rule, Rules
-from pagedcache.status import BadParamTypeError, shown
+from pagedcache.cache.scales import Scale, resolve_scale, scale_axes
+from pagedcache.cache.sides import Side
+from pagedcache.cache.tables import SLOT_DTYPES, cache_rule, rows_rule, scale_rule
+from pagedcache.dtypes import Dtype, names
+from pagedcache.rules import Rule, Rules
+from pagedcache.status import BadParamTypeError, BadTensorDtypeError, shown
 from pagedcache.tensors import TensorDescriptor
 
-NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping")
-DTYPES = (F16, BF16, F32)
-SLOT_DTYPES = (I64, I32)
+NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping", "k_scale", "v_scale")
+REQUIRED = NAMES[:5]
+DTYPES = SOURCE_DTYPES
 
 
-def _rules(layout: str) -> Rules:
-    axes = LAYOUTS[layout]
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How K or V is stored.
+
+    Attributes
+    ----------
+    format : Format
+    scale : Scale or None
+    """
+
+    format: Format
+    scale: Scale | None = None
+
+
+def make_rules(
+    layout: str, formats: Sequence[Format | None], scales: Sequence[tuple[str, tuple[str, ...]]]
+) -> Rules:
+    """Return the table of tensors for caches in these formats, K's first.
+
+    `scales` are the granularity and the axes of each.
+    """
     return Rules(
         tensors=(
-            Rule("k_cache", axes, DTYPES, written=True),
-            Rule("v_cache", (*axes[:3], "v_head_size"), DTYPES, like="k_cache", written=True),
-            Rule("k", ("num_tokens", "num_kv_heads", "head_size"), DTYPES, like="k_cache"),
-            Rule("v", ("num_tokens", "num_kv_heads", "v_head_size"), DTYPES, like="k_cache"),
+            cache_rule("k", layout, formats[0], written=True),
+            cache_rule("v", layout, formats[1], written=True),
+            rows_rule("k", DTYPES),
+            rows_rule("v", DTYPES, like="k"),
             Rule("slot_mapping", ("num_tokens",), SLOT_DTYPES),
+            scale_rule("k", *scales[0], computes=True),
+            scale_rule("v", *scales[1], computes=True),
         ),
         free="num_tokens",
         counted_by="slot_mapping",
@@ -32,7 +58,8 @@ def _rules(layout: str) -> Rules:
     )
 
 
-RULES = {layout: _rules(layout) for layout in LAYOUTS}
+NO_SCALES = (("", ()),) * 2
+RULES = {layout: make_rules(layout, (None, None), NO_SCALES) for layout in LAYOUTS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +72,7 @@ class PagedCachingInfo:
     Attributes
     ----------
     dtype : numpy.dtype
-        Of `k`, `v` and both caches: float16, bfloat16 or float32.
+        Of `k` and `v`: float16, bfloat16 or float32.
     slot_dtype : numpy.dtype
         int64 or int32.
     layout : {"HND", "NHD"}
@@ -62,6 +89,10 @@ class PagedCachingInfo:
         Of the K cache: from block to block, head to head, and slot to slot within a block.
     v_cache_block_stride, v_cache_head_stride, v_cache_slot_stride : int
         Of the V cache.
+    k_stored, v_stored : Stored
+        The formats of the caches, and their scales.
+    rules : Rules
+        The table that the tensors were checked against.
     """
 
     dtype: Dtype
@@ -83,6 +114,9 @@ class PagedCachingInfo:
     v_cache_block_stride: int
     v_cache_head_stride: int
     v_cache_slot_stride: int
+    k_stored: Stored
+    v_stored: Stored
+    rules: Rules = field(repr=False, compare=False)
 
     @property
     def num_slots(self) -> int:
@@ -90,9 +124,21 @@ class PagedCachingInfo:
         return self.num_blocks * self.block_size
 
     @property
-    def rules(self) -> Rules:
-        """The table that the tensors were checked against."""
-        return RULES[self.layout]
+    def sides(self) -> tuple[Side, Side]:
+        """K and V."""
+
+        def side(letter: str, head_size: int) -> Side:
+            names = ("token", "head", "cache_block", "cache_slot", "cache_head")
+            strides: list[int] = [getattr(self, f"{letter}_{name}_stride") for name in names]
+            stored: Stored = getattr(self, f"{letter}_stored")
+            return Side(letter, head_size, *strides, stored.format, stored.scale)  # type: ignore[call-arg, arg-type]
+
+        return side("k", self.head_size), side("v", self.v_head_size)
+
+    @property
+    def copies(self) -> bool:
+        """Whether both caches hold the bits of `k` and `v` as they are."""
+        return all(each.format.dtype == self.dtype for each in (self.k_stored, self.v_stored))
 
     @classmethod
     def create(
@@ -102,10 +148,15 @@ class PagedCachingInfo:
         k: TensorDescriptor,
         v: TensorDescriptor,
         slot_mapping: TensorDescriptor,
+        k_scale: TensorDescriptor | None = None,
+        v_scale: TensorDescriptor | None = None,
         *,
         layout: str | None = None,
+        k_format: str | None = None,
+        v_format: str | None = None,
+        powers: bool = False,
     ) -> PagedCachingInfo:
-        """Check five tensor descriptors against each other and collect what a write needs.
+        """Check tensor descriptors against each other and collect what a write needs.
 
         Parameters
         ----------
@@ -116,8 +167,14 @@ class PagedCachingInfo:
             ``[num_tokens or more, num_kv_heads, head_size]``.
         slot_mapping : TensorDescriptor
             ``[num_tokens]``, int64 or int32.
+        k_scale, v_scale : TensorDescriptor, optional
+            See `Descriptor.create`.
         layout : {"HND", "NHD"}, optional
             By default, the one that the shapes allow.
+        k_format, v_format : str, optional
+            See `Descriptor.create`.
+        powers : bool
+            Whether scales that are computed are powers of two; see `pagedcache.cache.scales`.
 
         Returns
         -------
@@ -132,13 +189,48 @@ class PagedCachingInfo:
         BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
             The message names the tensor, the rule and what was found.
         """
-        described = dict(zip(NAMES, (k_cache, v_cache, k, v, slot_mapping), strict=True))
-        for name, tensor in described.items():
+        given = (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale)
+        described: dict[str, TensorDescriptor] = {}
+        for name, tensor in zip(NAMES, given, strict=True):
+            if tensor is None and name not in REQUIRED:
+                continue
             if not isinstance(tensor, TensorDescriptor):
                 raise BadParamTypeError(name, "must be a TensorDescriptor", shown(tensor))
+            described[name] = tensor
         layout = resolve_layout(layout, k_cache.shape, k.shape)
-        rules = RULES[layout]
-        sizes = rules.check(described)
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.dtype not in DTYPES:
+                raise BadTensorDtypeError(name, f"must be {names(DTYPES)}", tensor.dtype)
+        formats = [
+            resolve_format("k", k_format, k_cache.dtype, k.dtype, "k"),
+            resolve_format("v", v_format, v_cache.dtype, v.dtype, "v"),
+        ]
+        five = {name: described[name] for name in REQUIRED}
+        sizes = make_rules(layout, formats, NO_SCALES).check(five)
+        scales = [
+            scale_axes("k", formats[0], layout, k_scale, sizes),
+            scale_axes("v", formats[1], layout, v_scale, sizes),
+        ]
+        rules = make_rules(layout, formats, scales)
+        rules.check(described)
+        k_stored, v_stored = (
+            Stored(
+                stored,
+                resolve_scale(
+                    granularity,
+                    axes,
+                    rules.steps(name, described[name]),
+                    sizes[size],
+                    described[name].shape,
+                    powers=powers,
+                )
+                if granularity
+                else None,
+            )
+            for stored, (granularity, axes), name, size in zip(
+                formats, scales, NAMES[5:], ("head_size", "v_head_size"), strict=True
+            )
+        )
         axes = LAYOUTS[layout]
         k_steps, v_steps = (
             dict(zip(axes, rules.steps(name, described[name]), strict=True))
@@ -146,7 +238,7 @@ class PagedCachingInfo:
         )
         k_rows, v_rows = (rules.steps(name, described[name]) for name in ("k", "v"))
         return cls(
-            dtype=k_cache.dtype,
+            dtype=k.dtype,
             slot_dtype=slot_mapping.dtype,
             layout=layout,
             num_tokens=sizes["num_tokens"],
@@ -165,4 +257,7 @@ class PagedCachingInfo:
             v_cache_block_stride=v_steps["num_blocks"],
             v_cache_head_stride=v_steps["num_kv_heads"],
             v_cache_slot_stride=v_steps["block_size"],
+            k_stored=k_stored,
+            v_stored=v_stored,
+            rules=rules,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pagedcache.cache.sides import refuse_bad_scales
 from pagedcache.dtypes import BF16, F16, F32, Dtype
 from pagedcache.status import DuplicateSlotError, NonFiniteError
 
@@ -19,23 +20,24 @@ _EXPONENTS = {F16: 0x7C00, BF16: 0x7F80, F32: 0x7F800000}  # all ones: infinity 
 
 
 def inspect(info: PagedCachingInfo, data: Mapping[str, Array]) -> None:
-    """Raise for two tokens with one slot, and for a value that is not finite.
+    """Raise for two tokens with one slot, and for a value or a scale that cannot be right.
 
     Parameters
     ----------
     info : PagedCachingInfo
     data : mapping of str to array
-        `k`, `v` and `slot_mapping`, as ints of their item size.
+        `k`, `v`, `slot_mapping` and scales that are read, as ints of their item size.
 
     Raises
     ------
-    DuplicateSlotError, NonFiniteError
+    DuplicateSlotError, NonFiniteError, BadParamError
     """
     slots = data["slot_mapping"]
     written = np.flatnonzero((slots >= 0) & (slots < info.num_slots))
     _refuse_duplicates(slots, written)
     for name in ("k", "v"):
         _refuse_non_finite(name, data[name], info.dtype, written)
+    refuse_bad_scales(info.sides, data)
 
 
 def _refuse_duplicates(slots: Array, written: Array) -> None:

@@ -15,10 +15,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
 from pagedcache.backend.protocol import Implementation, LaunchConfig
-from pagedcache.operators.arguments import check_address
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -59,8 +59,19 @@ def instance(dtype: str, slot_dtype: str, width: int, ahead: bool) -> str:
     )
 
 
+def implementation(
+    info: PagedCachingInfo, device: CudaDevice, report: DeviceReport
+) -> Implementation:
+    """Return the copy, or the write that converts."""
+    if info.copies:
+        return PagedCaching(info, device, report)
+    from pagedcache.operators.paged_caching.nvidia_formats import PagedStoring
+
+    return PagedStoring(info, device, report)
+
+
 class PagedCaching(Implementation):
-    """A compiled write."""
+    """A compiled copy."""
 
     checks_alignment = True
 
@@ -102,9 +113,18 @@ class PagedCaching(Implementation):
         return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
 
     def run(
-        self, tokens: int, k_cache: int, v_cache: int, k: int, v: int, slots: int, stream: int
+        self,
+        tokens: int,
+        k_cache: int,
+        v_cache: int,
+        k: int,
+        v: int,
+        slots: int,
+        k_scale: int,
+        v_scale: int,
+        stream: int,
     ) -> None:
-        """Queue the write of this many tokens."""
+        """Queue the write of this many tokens. There are no scales."""
         plan = self._plans.get(tokens)
         misaligned = (k_cache | v_cache | k | v) & self._mask or slots & self._slot_mask
         if plan is None or misaligned:
@@ -127,14 +147,14 @@ class PagedCaching(Implementation):
 
     def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
         """Return a function of a stream that queues the same write each time."""
-        kernel = self._kernel(*addresses)
+        kernel = self._kernel(*addresses[:5])
         if rows > kernel.most_tokens:
             return functools.partial(self.run, rows, *addresses)
         _, prepare, blocks = self._plan(kernel, rows)
         streams, note = self._streams, self._report.note
 
         def packed() -> Launch:
-            k_cache, v_cache, k, v, slots = addresses
+            k_cache, v_cache, k, v, slots, *_ = addresses
             launch = prepare()
             launch.pack(k, v, slots, rows, k_cache, v_cache)
             return launch

@@ -18,6 +18,10 @@ def paged_caching(
     v: Any,
     slot_mapping: Any,
     *,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
     layout: str | None = None,
     stream: Any = None,
     on_invalid: str = "skip",
@@ -29,7 +33,9 @@ def paged_caching(
 
     Parameters
     ----------
-    k_cache, v_cache, k, v, slot_mapping : array
+    k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale : array
+        See `Descriptor.create`.
+    k_format, v_format : str, optional
         See `Descriptor.create`.
     layout : {"HND", "NHD"}, optional
         See `Descriptor.create`.
@@ -64,24 +70,28 @@ def paged_caching(
     """
     recent = _kept.recent
     for entry in recent:
-        known_layout, known_on_invalid, descriptor = entry
+        known_layout, known_on_invalid, known_k_format, known_v_format, descriptor = entry
         if (
             layout is known_layout
             and on_invalid is known_on_invalid
-            and descriptor.latest(k_cache, v_cache, k, v, slot_mapping, stream)
+            and k_format is known_k_format
+            and v_format is known_v_format
+            and descriptor.latest(k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale, stream)
         ):
             if entry is not recent[0]:
                 _kept.found(entry)
             return
-    _kept.run((k_cache, v_cache, k, v, slot_mapping), (layout, on_invalid), stream)
+    arrays = (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale)
+    _kept.run(arrays, (layout, on_invalid, k_format, v_format), stream)
 
 
-def _create(
-    k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any, layout: str, on_invalid: str
-) -> Descriptor:
+def _create(*arrays_and_options: Any) -> Descriptor:
+    *arrays, layout, on_invalid, k_format, v_format = arrays_and_options
     return Descriptor._create(
-        (k_cache, v_cache, k, v, slot_mapping),
-        functools.partial(PagedCachingInfo.create, layout=layout),
+        tuple(arrays),
+        functools.partial(
+            PagedCachingInfo.create, layout=layout, k_format=k_format, v_format=v_format
+        ),
         handle=None,
         on_invalid=on_invalid,
         debug=None,

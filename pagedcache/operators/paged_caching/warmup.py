@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pagedcache.backend.handle import Handle
 from pagedcache.dtypes import Dtype, as_dtype
 from pagedcache.operators.paged_caching.descriptor import Descriptor
-from pagedcache.operators.paged_caching.info import DTYPES, SLOT_DTYPES
+from pagedcache.cache.tables import SLOT_DTYPES
+from pagedcache.operators.paged_caching.info import DTYPES
 from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
 

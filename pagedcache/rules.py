@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from pagedcache.dtypes import Dtype, names
 from pagedcache.status import BadTensorDtypeError, BadTensorShapeError, BadTensorStridesError
 from pagedcache.tensors import Expected, TensorDescriptor, overlaps_itself, view
@@ -29,7 +31,17 @@ class Rule:
     like : str or None
         The tensor whose dtype it must have.
     written : bool
-        Whether the operator writes it. Then no two of its elements may share memory.
+        Whether the operator writes it. Then no two of its elements may share memory, and it may
+        share none with another tensor that is written.
+    apart : bool
+        Whether it may share no memory with what is written, although it is only read. Others are
+        compared in debug mode alone.
+    optional : bool
+        Whether there may be none.
+    any_stride : bool
+        Whether the last axis may have another stride than 1.
+    packed : int
+        How many elements of the last axis are stored in each element of the tensor.
     """
 
     name: str
@@ -37,6 +49,10 @@ class Rule:
     dtypes: tuple[Dtype, ...]
     like: str | None = None
     written: bool = False
+    apart: bool = False
+    optional: bool = False
+    any_stride: bool = False
+    packed: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,18 @@ class Rules:
     @property
     def free_names(self) -> frozenset[str]:
         """The names of the tensors that have the free axis."""
-        return frozenset(rule.name for rule in self.tensors if rule.axes[0] == self.free)
+        return frozenset(rule.name for rule in self.tensors if self._is_free(rule))
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        """The names of the tensors that there may be none of."""
+        return frozenset(rule.name for rule in self.tensors if rule.optional)
+
+    def _is_free(self, rule: Rule) -> bool:
+        return rule.axes[:1] == (self.free,)
+
+    def _present(self, described: Mapping[str, TensorDescriptor]) -> list[Rule]:
+        return [rule for rule in self.tensors if not rule.optional or rule.name in described]
 
     def check(self, described: Mapping[str, TensorDescriptor]) -> dict[str, int]:
         """Check tensors against the table and each other.
@@ -77,7 +104,7 @@ class Rules:
         Parameters
         ----------
         described : mapping of str to TensorDescriptor
-            By name, in the order of the table.
+            By name; those that are optional may be missing.
 
         Returns
         -------
@@ -91,7 +118,7 @@ class Rules:
         """
         self._check_dtypes(described)
         sizes = self._check_shapes(described)
-        for rule in self.tensors:
+        for rule in self._present(described):
             self._check_strides(rule, described[rule.name])
         return sizes
 
@@ -105,22 +132,27 @@ class Rules:
             return (row_step(tensor.shape, tensor.strides), *steps[1:])
         return steps
 
-    def expected(self, described: Mapping[str, TensorDescriptor]) -> tuple[Expected, ...]:
-        """Return what each array must look like at each call."""
-        return tuple(
-            Expected(
+    def expected(self, described: Mapping[str, TensorDescriptor]) -> tuple[Expected | None, ...]:
+        """Return what each array must look like at each call; ``None`` for one that is missing."""
+
+        def of(rule: Rule) -> Expected | None:
+            if rule.name not in described:
+                return None
+            tensor = described[rule.name]
+            return Expected(
                 rule.name,
                 tensor.dtype,
                 tensor.shape,
                 tuple(step * tensor.dtype.itemsize for step in self.steps(rule.name, tensor)),
-                rule.axes[0] == self.free,
+                self._is_free(rule),
                 rule.written,
+                rule.written or rule.apart,
             )
-            for rule, tensor in ((rule, described[rule.name]) for rule in self.tensors)
-        )
+
+        return tuple(map(of, self.tensors))
 
     def _check_dtypes(self, described: Mapping[str, TensorDescriptor]) -> None:
-        for rule in self.tensors:
+        for rule in self._present(described):
             dtype = described[rule.name].dtype
             if dtype not in rule.dtypes:
                 raise BadTensorDtypeError(rule.name, f"must be {names(rule.dtypes)}", dtype)
@@ -130,14 +162,15 @@ class Rules:
 
     def _check_shapes(self, described: Mapping[str, TensorDescriptor]) -> dict[str, int]:
         sizes: dict[str, tuple[int, str]] = {}
-        for rule in self.tensors:
+        for rule in self._present(described):
             shape = described[rule.name].shape
             axes = f"[{', '.join(rule.axes)}]{self.note}"
             if len(shape) != len(rule.axes):
                 plural = "axes" if len(rule.axes) > 1 else "axis"
                 wanted = f"must have {len(rule.axes)} {plural} {axes}"
                 raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
-            for axis, length in zip(rule.axes, shape, strict=True):
+            lengths = (*shape[:-1], shape[-1] * rule.packed) if rule.packed > 1 else shape
+            for axis, length in zip(rule.axes, lengths, strict=True):
                 if axis == self.free:
                     continue
                 if length < 1:
@@ -148,21 +181,22 @@ class Rules:
                     wanted = f"must have the {axis} of {origin}, {known}, in {axes}"
                     raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
         rows = described[self.counted_by].shape[0]
-        for rule in self.tensors:
-            if rule.axes[0] == self.free:
+        for rule in self._present(described):
+            if self._is_free(rule):
                 check_rows(rule.name, described[rule.name].shape[0], self.counted_by, rows)
         return {self.free: rows} | {axis: length for axis, (length, _) in sizes.items()}
 
     def _check_strides(self, rule: Rule, tensor: TensorDescriptor) -> None:
         strides = f"strides {tensor.strides} in elements"
-        if tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
+        if not rule.any_stride and tensor.shape[-1] > 1 and tensor.strides[-1] != 1:
             wanted = "must have stride 1 on its last axis"
             raise BadTensorStridesError(rule.name, wanted, strides)
         steps = _used_steps(tensor)
         if any(step < 0 for step in steps):
             raise BadTensorStridesError(rule.name, "must not have negative strides", strides)
         in_bytes = tuple(step * tensor.dtype.itemsize for step in steps)
-        if rule.written and overlaps_itself(view(_ANYWHERE, tensor.dtype, tensor.shape, in_bytes)):
+        bits = np.dtype(f"i{tensor.dtype.itemsize}")
+        if rule.written and overlaps_itself(view(_ANYWHERE, bits, tensor.shape, in_bytes)):
             wanted = "must not overlap itself, but two of its elements share memory"
             raise BadTensorStridesError(rule.name, wanted, strides)
 

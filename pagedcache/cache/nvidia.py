@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a paged cache on a GPU: elements of a thread, and the structs of ``rows.cuh``.
+
+For any operator that moves rows between tokens and slots and converts them on the way. Nothing here
+calls CUDA: all of that is done by the device, so a test can bring one that runs the kernels on the
+host.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pagedcache.arrays.addresses import check_address
+from pagedcache.backend.nvidia import source
+from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
+from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.status import NotSupportedError
+
+if TYPE_CHECKING:
+    from pagedcache.backend.nvidia.device import CudaDevice, Limits
+    from pagedcache.backend.nvidia.launch import Launch
+    from pagedcache.backend.nvidia.report import DeviceReport
+    from pagedcache.cache.sides import Side
+    from pagedcache.dtypes import Dtype
+
+TYPE_NAMES = {
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32",
+    "float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2", "int8": "I8", "int4": "I4",
+}  # fmt: skip
+SLOT_NAMES = {"int64": "long long", "int32": "int"}
+COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER = range(6)  # as in rows.cuh
+MOST_ELEMENTS = 16
+MOST_LANES = 32
+# For calls with up to this many threads per multiprocessor: threads per block, whether the kernel
+# lets the next one start at once, and the most elements that a thread takes.
+STEPS = ((200, 64, True, 8), (2048, 128, False, 8))
+LARGE = (256, False, 16)  # the same three for any larger call
+# Factor on the numbers of threads, by class of device. Every CUDA GPU so far is of class 1024; the
+# others are guesses.
+SCALES = {4096: 2, 1024: 1, 512: 0.5}
+# Tokens in a tile, and bytes of a row that a warp accesses well by itself.
+TILE, WHOLE_ROW = 4, 256
+MOST_PLANS = 4096
+
+Elements = tuple[int, ...]
+"""How many neighbouring elements of K and of V a thread takes."""
+
+Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
+"""Launches that are ready, a function that prepares one more, and blocks per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a call.
+
+    Attributes
+    ----------
+    kernel : str
+        C++ name of the template.
+    file : str
+        With its source.
+    parameters : str
+        Name of its parameter struct.
+    computes : bool
+        Whether scales that belong to a token are computed, not read.
+    dtype, slot_dtype : numpy.dtype
+        Of the rows by token, and of the slot mapping.
+    num_blocks, block_size, num_kv_heads : int
+    sides : tuple of Side
+        K, and V if there is V.
+    """
+
+    kernel: str
+    file: str
+    parameters: str
+    computes: bool
+    dtype: Dtype
+    slot_dtype: Dtype
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    sides: tuple[Side, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """Capacity of the cache in tokens."""
+        return self.num_blocks * self.block_size
+
+    def mode(self, side: Side, elements: int) -> int:
+        """Return what the kernel does with each row, if a thread takes so many elements."""
+        if side.format.dtype == self.dtype:
+            return COPIED
+        if side.scale is None:
+            return CONVERTED
+        if self.computes and side.scale.is_written:
+            return COMPUTED_POWER if side.scale.powers else COMPUTED
+        return SCALED if side.scale.group % elements == 0 else SCALED_ELEMENTS
+
+    def instance(self, elements: Elements, *, ahead: bool) -> str:
+        """Return the C++ name of the kernel whose threads take so many elements."""
+        kind = f"pagedcache::{TYPE_NAMES[str(self.dtype)]}, {SLOT_NAMES[str(self.slot_dtype)]}"
+        each = [
+            f"pagedcache::{TYPE_NAMES[side.format.name]}, {self.mode(side, count)}, {count}"
+            for side, count in zip(self.sides, elements, strict=True)
+        ]
+        return f"pagedcache::{self.kernel}<{kind}, {each[0]}, {each[-1]}, {str(ahead).lower()}>"
+
+    def elements(self, most: int = MOST_ELEMENTS) -> Elements:
+        """Return how many elements of K and of V a thread takes, by all strides and row lengths.
+
+        These must be whole rows, or whole groups if their scale is computed, and at addresses that
+        a vector of this size may have.
+        """
+        counts = [each for each in (16, 8, 4, 2, 1) if each <= most]
+        return tuple(
+            next((each for each in counts if self._allows(side, each)), side.format.packed)
+            for side in self.sides
+        )
+
+    def _allows(self, side: Side, elements: int) -> bool:
+        if elements % side.format.packed:
+            return False
+        size, width = self.dtype.itemsize, side.format.dtype.itemsize
+        by_token, by_slot = self.alignment(elements), alignment(side.format.bits, elements)
+        steps = [
+            (side.token_stride * size, by_token),
+            (side.head_stride * size, by_token),
+            (side.block_stride * width, by_slot),
+            (side.slot_stride * width, by_slot),
+            (side.cache_head_stride * width, by_slot),
+            (side.head_size, elements),
+        ]
+        if self.mode(side, elements) >= COMPUTED:
+            assert side.scale is not None
+            steps.append((side.scale.group, elements))
+        return all(step % multiple == 0 for step, multiple in steps)
+
+    def alignment(self, elements: int) -> int:
+        """Return what addresses of so many elements by token must be multiples of, in bytes."""
+        return alignment(self.dtype.itemsize * 8, elements)
+
+
+def alignment(bits: int, elements: int) -> int:
+    """Return the bytes of the widest access to so many elements."""
+    return min(bits * elements // 8, 16)
+
+
+class RowsImplementation(Implementation):
+    """A kernel on rows, compiled.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Of the operator's arguments: caches, rows by token, scales and the slot mapping.
+    """
+
+    checks_alignment = True
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, rows: Rows, device: CudaDevice, report: DeviceReport) -> None:
+        if rows.num_slots > MOST:
+            rule = f"must have at most {MOST} slots on a GPU"
+            raise NotSupportedError("k_cache", rule, rows.num_slots)
+        self._rows = rows
+        widest, narrowest = rows.elements(), tuple(side.format.packed for side in rows.sides)
+        wanted = [(rows.elements(elements), ahead) for *_, ahead, elements in (*STEPS, LARGE)]
+        # Addresses are known only at each call; those that the strides do not vouch for get the
+        # narrowest instance.
+        wanted.append((narrowest, False))
+        possible = list(dict.fromkeys(wanted))
+        instances = tuple(rows.instance(elements, ahead=ahead) for elements, ahead in possible)
+        functions = dict(zip(possible, device.compile(rows.file, instances), strict=True))
+        self._kernel = _Kernel(rows, MOST_ELEMENTS, functions, device)
+        self._narrowest = _Kernel(rows, 1, functions, device)
+        self._row_mask = max(map(rows.alignment, widest)) - 1
+        self._cache_mask = max(
+            alignment(side.format.bits, elements)
+            for side, elements in zip(rows.sides, widest, strict=True)
+        ) - 1  # fmt: skip
+        self._item_sizes = tuple(map(self._item_size, self.names))
+        self._token_steps = tuple(map(self._token_step, self.names))
+        self._report_to(report)
+
+    def _side(self, name: str) -> Side | None:
+        """Return K or V, by the name of an argument; ``None`` if there is no such side."""
+        return next((side for side in self._rows.sides if side.letter == name[0]), None)
+
+    def _item_size(self, name: str) -> int:
+        """Return the item size of an argument, 0 if there is none."""
+        if name == "slot_mapping":
+            return self._rows.slot_dtype.itemsize
+        side = self._side(name)
+        if side is None:
+            return 0
+        if name.endswith("_cache"):
+            return side.format.dtype.itemsize
+        if name.endswith("_scale"):
+            return 4 if side.scale is not None else 0
+        return self._rows.dtype.itemsize
+
+    def _token_step(self, name: str) -> int:
+        """Return the bytes from token to token of an argument, 0 if it has no such axis."""
+        if name == "slot_mapping":
+            return self._rows.slot_dtype.itemsize
+        side = self._side(name)
+        if side is None or name.endswith(("_cache", "_scale")):
+            return 0
+        return side.token_stride * self._rows.dtype.itemsize
+
+    def _report_to(self, report: DeviceReport) -> None:
+        self._report, self._streams = report, report.streams
+        self._launches: dict[_Grid, list[Launch]] = {}  # that are ready
+        self._plans: dict[int, Plan] = {}  # by number of tokens
+
+    def reporting_to(self, report: DeviceReport) -> RowsImplementation:
+        """Return a copy that uses another report."""
+        other = copy.copy(self)
+        other._report_to(report)
+        return other
+
+    def launch_config(self, rows: int) -> LaunchConfig:
+        """Return the launch for this many tokens if addresses allow the widest access."""
+        tokens = min(rows, self._kernel.most_tokens)
+        grid = self._kernel.grid(tokens)
+        return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
+
+    def queue(
+        self,
+        tokens: int,
+        addresses: tuple[int, ...],
+        caches: int,
+        rows: int,
+        others: int,
+        stream: int,
+    ) -> None:
+        """Queue a launch.
+
+        Parameters
+        ----------
+        tokens : int
+        addresses : tuple of int
+            Of the arguments `names`.
+        caches, rows : int
+            The bits that are set in the addresses of any cache, and of any rows by token.
+        others : int
+            Not 0 if scales or slots are misaligned.
+        stream : int
+        """
+        plan = self._plans.get(tokens)
+        if plan is None or caches & self._cache_mask or rows & self._row_mask or others:
+            for name, address, size in zip(self.names, addresses, self._item_sizes, strict=True):
+                if size:
+                    check_address(name, address, size)
+            narrow = caches & self._cache_mask or rows & self._row_mask
+            kernel = self._narrowest if narrow else self._kernel
+            if tokens > kernel.most_tokens:
+                self._queue_in_parts(kernel, tokens, addresses, stream)
+                return
+            plan = self._plan(kernel, tokens)
+        launches, prepare, blocks = plan
+        # pop and append of a list are atomic, so no two threads get the same launch.
+        try:
+            launch = launches.pop()
+        except IndexError:
+            launch = prepare()
+        launch.pack(*addresses, tokens)
+        launch.run(blocks, stream)
+        launches.append(launch)
+        if stream not in self._streams:
+            self._report.note(stream)
+
+    def _plan(self, kernel: _Kernel, tokens: int) -> Plan:
+        grid = kernel.grid(tokens)
+        launches = self._launches.setdefault(grid, [])
+        prepare = functools.partial(grid.prepare, self._report.address)
+        plan = launches, prepare, grid.blocks(tokens)
+        if kernel is self._kernel:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[tokens] = plan
+        return plan
+
+    def _queue_in_parts(
+        self, kernel: _Kernel, tokens: int, addresses: tuple[int, ...], stream: int
+    ) -> None:
+        """Make several launches for more vectors than one kernel can count."""
+        for done in range(0, tokens, kernel.most_tokens):
+            part = min(tokens - done, kernel.most_tokens)
+            grid = kernel.grid(part)
+            launch = grid.prepare(self._report.address, done)
+            pairs = zip(addresses, self._token_steps, strict=True)
+            launch.pack(*(at + done * step for at, step in pairs), part)
+            launch.run(grid.blocks(part), stream)
+            self._report.note(stream)
+
+
+class _Kernel:
+    """The instances of up to so many elements a thread, with what stays from call to call."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        most_elements: int,
+        functions: Mapping[tuple[Elements, bool], int],
+        device: CudaDevice,
+    ) -> None:
+        limits: Limits = device.limits
+        scale = SCALES[limits.thread_class]
+        fewest, largest = int(STEPS[0][1] * scale), int(LARGE[0] * scale)
+
+        def elements_of(most: int) -> Elements:
+            narrow = tuple(side.format.packed for side in rows.sides)
+            return rows.elements(most) if most_elements > 1 else narrow
+
+        def in_token(most: int) -> int:
+            pairs = zip(rows.sides, elements_of(most), strict=True)
+            return rows.num_kv_heads * max(_threads(rows, *each)[0] for each in pairs)
+
+        # Indices stay below `MOST`, even if the last tile and the last block are not full.
+        most = min(MOST - largest, limits.max_grid_x * fewest) // in_token(STEPS[0][3])
+        self.most_tokens = most // TILE * TILE or most
+        if not most:
+            raise NotSupportedError("k_cache", "must have fewer elements of K or V in a token")
+        tile = tile_of(rows) if most >= TILE else 1
+
+        def grid(threads: int, ahead: bool, most: int, tile: int) -> _Grid:
+            threads, elements = int(threads * scale), elements_of(most)
+            function = functions.get((elements, ahead)) or functions[elements, False]
+            prepare = functools.partial(device.prepare, function, len(rows.sides), threads)
+            parameters = _parameters(rows, elements, tile)
+            return _Grid(len(rows.sides), threads, tile, in_token(most) * tile, prepare, parameters)
+
+        self._steps = [
+            (
+                on_each * limits.multiprocessors * scale / in_token(most),
+                grid(threads, ahead, most, tile if i else 1),
+            )
+            for i, (on_each, threads, ahead, most) in enumerate(STEPS)
+        ]
+        self._large = grid(*LARGE, tile)
+
+    def grid(self, tokens: int) -> _Grid:
+        """Return the grid for a call of this many tokens."""
+        for most, grid in self._steps:
+            if tokens <= most:
+                return grid
+        return self._large
+
+
+class _Grid:
+    """How the vectors of a call are distributed to threads."""
+
+    def __init__(
+        self,
+        rows: int,
+        threads: int,
+        tile: int,
+        per_tile: int,
+        prepare: Callable[[ctypes.Structure], Launch],
+        parameters: ctypes.Structure,
+    ) -> None:
+        self.rows = rows  # of blocks: one for K, one for V
+        self.threads = threads
+        self._tile, self._per_tile = tile, per_tile
+        self._prepare, self._parameters = prepare, parameters
+
+    def prepare(self, report: int, first_token: int = 0) -> Launch:
+        """Return a launch that reports to an address, and numbers tokens from `first_token` on."""
+        parameters: Any = type(self._parameters).from_buffer_copy(self._parameters)
+        parameters.report, parameters.first_token = report, first_token
+        return self._prepare(parameters)
+
+    def blocks(self, tokens: int) -> int:
+        """Return how many blocks per row hold a thread for each vector of all tiles."""
+        return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
+
+
+def _threads(rows: Rows, side: Side, elements: int) -> tuple[int, int, int]:
+    """Return the threads of a row, those that share a unit, and the vectors of a unit."""
+    if rows.mode(side, elements) < COMPUTED:
+        return side.head_size // elements, 1, 1
+    assert side.scale is not None
+    vectors = side.scale.group // elements
+    lanes = min(1 << (vectors - 1).bit_length(), MOST_LANES)
+    return side.head_size // side.scale.group * lanes, lanes, vectors
+
+
+def _per_group(rows: Rows, side: Side, elements: int) -> int:
+    """Return what `RowsSide.per_group` divides by."""
+    if side.scale is None:
+        return 1
+    each = rows.mode(side, elements) == SCALED_ELEMENTS
+    return side.scale.group if each else max(side.scale.group // elements, 1)
+
+
+def _parameters(rows: Rows, elements: Elements, tile: int) -> ctypes.Structure:
+    """Return the parameter struct without what changes from call to call."""
+    struct = functools.partial(structure, source.read(rows.file))
+    by = functools.partial(divisor, struct("Divisor"))
+
+    def by_slot(block: int, slot: int, head: int, width: int) -> Any:
+        return struct("CacheRows")(
+            slot * width, (block - rows.block_size * slot) * width, head * width
+        )
+
+    def side_of(side: Side, elements: int) -> Any:
+        size, width, scale = rows.dtype.itemsize, side.format.dtype.itemsize, side.scale
+        threads, lanes, vectors = _threads(rows, side, elements)
+        made = struct("RowsSide")(
+            rows=struct("TokenRows")(side.token_stride * size, side.head_stride * size),
+            cache=by_slot(side.block_stride, side.slot_stride, side.cache_head_stride, width),
+            threads_per_row=by(threads),
+            per_group=by(_per_group(rows, side, elements)),
+            threads=threads,
+            lanes=lanes,
+            lane_bits=lanes.bit_length() - 1,
+            vectors_per_unit=vectors,
+        )
+        if scale is not None:
+            made.scales = by_slot(scale.block_stride, scale.slot_stride, scale.head_stride, 4)
+            made.group_stride = scale.group_stride * 4
+        return made
+
+    tile_rows = tile * rows.num_kv_heads
+    return struct(rows.parameters)(
+        grid=struct("RowsGrid")(by(tile_rows), tile_rows, tile.bit_length() - 1),
+        k=side_of(rows.sides[0], elements[0]),
+        v=side_of(rows.sides[-1], elements[-1]),
+        slots=struct("Slots")(by(rows.block_size), rows.num_slots),
+    )
+
+
+def tile_of(rows: Rows) -> int:
+    """Return for how many tokens the rows of one head are taken before those of the next head.
+
+    Where the rows of neighbouring slots are contiguous in the cache, neighbouring threads then
+    access neighbouring bytes, as they do token by token where the rows of all heads are contiguous.
+    """
+    row = math.gcd(*(side.head_size * side.format.bits // 8 for side in rows.sides))
+    beside = rows.sides[0].slot_stride < rows.sides[0].cache_head_stride
+    return TILE if beside and row % WHOLE_ROW else 1

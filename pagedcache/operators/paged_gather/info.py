@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a paged gather needs to know about its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pagedcache.cache.formats import SOURCE_DTYPES, resolve_format
+from pagedcache.cache.layout import LAYOUTS, resolve_layout
+from pagedcache.cache.scales import resolve_scale, scale_axes
+from pagedcache.cache.sides import Side
+from pagedcache.cache.tables import SIZES, SLOT_DTYPES, cache_rule, rows_rule, scale_rule
+from pagedcache.dtypes import Dtype, names
+from pagedcache.rules import Rule, Rules
+from pagedcache.status import BadParamError, BadParamTypeError, BadTensorDtypeError, shown
+from pagedcache.tensors import TensorDescriptor
+
+NAMES = ("k_cache", "v_cache", "slot_mapping", "k_out", "v_out", "k_scale", "v_scale")
+OPTIONAL = ("v_cache", "v_out", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedGatherInfo:
+    """Sizes and strides of one paged gather.
+
+    Attributes
+    ----------
+    dtype : numpy.dtype
+        Of `k_out` and `v_out`: float16, bfloat16 or float32.
+    slot_dtype : numpy.dtype
+        int64 or int32.
+    layout : {"HND", "NHD"}
+        The order of the axes that the caches were described in.
+    num_tokens : int
+        Length of the slot mapping that the descriptor was created with.
+    num_blocks, block_size, num_kv_heads : int
+        Of the caches.
+    sides : tuple of Side
+        K, and V if there is V: head sizes, formats, scales, and strides in elements.
+    rules : Rules
+        The table that the tensors were checked against.
+    """
+
+    dtype: Dtype
+    slot_dtype: Dtype
+    layout: str
+    num_tokens: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    sides: tuple[Side, ...]
+    rules: Rules = field(repr=False, compare=False)
+
+    @property
+    def num_slots(self) -> int:
+        """Capacity of the cache in tokens; valid slots are 0 to ``num_slots - 1``."""
+        return self.num_blocks * self.block_size
+
+    @classmethod
+    def create(
+        cls,
+        k_cache: TensorDescriptor,
+        v_cache: TensorDescriptor | None = None,
+        slot_mapping: TensorDescriptor | None = None,
+        k_out: TensorDescriptor | None = None,
+        v_out: TensorDescriptor | None = None,
+        k_scale: TensorDescriptor | None = None,
+        v_scale: TensorDescriptor | None = None,
+        *,
+        layout: str | None = None,
+        k_format: str | None = None,
+        v_format: str | None = None,
+    ) -> PagedGatherInfo:
+        """Check tensor descriptors against each other and collect what a gather needs.
+
+        Parameters
+        ----------
+        k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale : TensorDescriptor
+            See `GatherDescriptor.create`.
+        layout, k_format, v_format : str, optional
+            See `GatherDescriptor.create`.
+
+        Returns
+        -------
+        PagedGatherInfo
+
+        Raises
+        ------
+        PagedCacheError
+            The message names the tensor, the rule and what was found.
+        """
+        given = (k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale)
+        described: dict[str, TensorDescriptor] = {}
+        for name, tensor in zip(NAMES, given, strict=True):
+            if tensor is None and name in OPTIONAL:
+                continue
+            if not isinstance(tensor, TensorDescriptor):
+                raise BadParamTypeError(name, "must be a TensorDescriptor", shown(tensor))
+            described[name] = tensor
+        letters = _letters(described, v_format)
+        k_out = described["k_out"]
+        layout = resolve_layout(layout, k_cache.shape, k_out.shape, subject="k_out")
+        for letter in letters:
+            out = described[f"{letter}_out"]
+            if out.dtype not in SOURCE_DTYPES:
+                rule = f"must be {names(SOURCE_DTYPES)}"
+                raise BadTensorDtypeError(f"{letter}_out", rule, out.dtype)
+        named = {"k": k_format, "v": v_format}
+        formats = {
+            letter: resolve_format(
+                letter,
+                named[letter],
+                described[f"{letter}_cache"].dtype,
+                described[f"{letter}_out"].dtype,
+                f"{letter}_out",
+            )
+            for letter in letters
+        }
+        plain = {name: described[name] for name in described if not name.endswith("_scale")}
+        table = {"k_cache": cache_rule("k", layout, formats["k"], written=False)}
+        if "v" in letters:
+            table["v_cache"] = cache_rule("v", layout, formats["v"], written=False)
+            table["v_out"] = rows_rule("v_out", SOURCE_DTYPES, like="k_out", written=True)
+        sizes = _rules(table, layout).check(plain)
+        found = {
+            letter: scale_axes(
+                letter, formats[letter], layout, described.get(f"{letter}_scale"), sizes
+            )
+            for letter in letters
+        }
+        for letter, (granularity, axes) in found.items():
+            table[f"{letter}_scale"] = scale_rule(letter, granularity, axes, computes=False)
+        rules = _rules(table, layout)
+        rules.check(described)
+
+        def side(letter: str) -> Side:
+            size = sizes[SIZES[letter]]
+            cache = rules.steps(f"{letter}_cache", described[f"{letter}_cache"])
+            steps = dict(zip(LAYOUTS[layout], cache, strict=True))
+            rows = rules.steps(f"{letter}_out", described[f"{letter}_out"])
+            granularity, axes = found[letter]
+            scale = None
+            if granularity:
+                tensor = described[f"{letter}_scale"]
+                of_scale = rules.steps(f"{letter}_scale", tensor)
+                scale = resolve_scale(granularity, axes, of_scale, size, tensor.shape)
+            return Side(
+                letter,
+                size,
+                rows[0],
+                rows[1],
+                steps["num_blocks"],
+                steps["block_size"],
+                steps["num_kv_heads"],
+                formats[letter],
+                scale,
+            )
+
+        return cls(
+            dtype=k_out.dtype,
+            slot_dtype=described["slot_mapping"].dtype,
+            layout=layout,
+            num_tokens=sizes["num_tokens"],
+            num_blocks=sizes["num_blocks"],
+            block_size=sizes["block_size"],
+            num_kv_heads=sizes["num_kv_heads"],
+            sides=tuple(map(side, letters)),
+            rules=rules,
+        )
+
+
+def _letters(described: Mapping[str, TensorDescriptor], v_format: str | None) -> str:
+    """Return the sides that there are."""
+    if "v_cache" in described and "v_out" in described:
+        return "kv"
+    for name, other in (("v_cache", "v_out"), ("v_out", "v_cache")):
+        if name in described:
+            rule = f"must be None, because {other} is None; give both to read V back"
+            raise BadParamError(name, rule, f"an array of shape {described[name].shape}")
+    for name, got in (("v_scale", described.get("v_scale")), ("v_format", v_format)):
+        if got is not None:
+            raise BadParamError(name, "must be None, because v_cache is None", shown(got))
+    return "k"
+
+
+def _rules(table: Mapping[str, Rule], layout: str) -> Rules:
+    """Return the table with what all gathers have, and without V if `table` has none."""
+    every = {
+        **{name: Rule(name, (), (), optional=True) for name in OPTIONAL},
+        "slot_mapping": Rule("slot_mapping", ("num_tokens",), SLOT_DTYPES),
+        "k_out": rows_rule("k_out", SOURCE_DTYPES, written=True),
+        **table,
+    }
+    return Rules(
+        tensors=tuple(every[name] for name in NAMES),
+        free="num_tokens",
+        counted_by="slot_mapping",
+        note=f" (layout {layout})",
+    )
+
+
+FREE = frozenset(("slot_mapping", "k_out", "v_out"))
