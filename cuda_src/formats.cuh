@@ -38,6 +38,17 @@ __device__ __forceinline__ float divide(float a, float b) {
   asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
   return quotient;
 }
+// These two may flush subnormal numbers, but take a minus sign for nothing, which PTX does not.
+__device__ __forceinline__ float multiplyAdd(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+__device__ __forceinline__ float multiplyQuickly(float a, float b) { return __fmul_rn(a, b); }
+// Toward zero.
+__device__ __forceinline__ float divideDown(float a, float b) {
+  float quotient;
+  asm("div.rz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
 // The larger one; if one is a NaN, the other.
 __device__ __forceinline__ float larger(float a, float b) {
   float result;
@@ -84,6 +95,13 @@ inline unsigned int asBits(float value) {
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
+inline float multiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float multiplyQuickly(float a, float b) { return a * b; }
+inline float divideDown(float a, float b) {
+  // Of finite positive numbers.
+  const float quotient = a / b;
+  return multiplyAdd(quotient, b, -a) > 0 ? asFloat(asBits(quotient) - 1) : quotient;
+}
 inline float larger(float a, float b) { return b > a || a != a ? b : a; }
 inline float magnitude(float a) { return asFloat(asBits(a) & 0x7fffffffu); }
 inline int rounded(float a) {
@@ -113,6 +131,44 @@ __device__ __forceinline__ bool isNan(float value) {
   return (asBits(value) & 0x7fffffffu) > 0x7f800000u;
 }
 
+// Divides by one number many times. The quotients are those of divide(), to the bit.
+//
+// An instruction that divides takes about thirty, and a thread divides sixteen elements, so it
+// would be the arithmetic that bounds a large write. With the reciprocal known, five are enough:
+// `first` is off by half a unit in the last place and hardly more, so its remainder is exact, and
+// the last step rounds correctly (Markstein, IBM J. Res. Dev. 34, 1990, theorem on correctly
+// rounded division with a correctly rounded reciprocal). It needs numbers far from overflow.
+// Otherwise a quotient comes out as a NaN, and all of them are divided again. Quotients that
+// underflow on the way are of numbers so small that they become 0 in any format, with the right
+// sign.
+struct Quotients {
+  float divisor;
+  float reciprocal;  // to nearest
+  float high, low;   // its leading bits, toward zero, and the rest
+  bool usual;
+
+  __device__ __forceinline__ explicit Quotients(float by) : divisor(by) {
+    usual = by >= 0x1p-40f && by <= 0x1p40f;
+    reciprocal = divide(1.0f, by);
+    high = divideDown(1.0f, by);
+    low = multiply(multiplyAdd(-high, by, 1.0f), reciprocal);
+  }
+
+  // Returns whether the quotients are right; if not, the values are lost.
+  template <int kElements>
+  __device__ __forceinline__ bool of(float (&values)[kElements]) const {
+    bool right = usual;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float first = multiplyAdd(values[i], high, multiplyQuickly(values[i], low));
+      const float beyond = multiplyAdd(first, divisor, -values[i]);
+      values[i] = multiplyAdd(-beyond, reciprocal, first);
+      right = right && values[i] == values[i];
+    }
+    return right;
+  }
+};
+
 // Rounds float32 to `kMantissa` bits after the point, ties to even, for a format whose exponents
 // are `kBias` less; the result is at most `kMost`, whose bits are those of a float32.
 template <int kMantissa, int kBias, unsigned int kMost>
@@ -130,6 +186,19 @@ __device__ __forceinline__ unsigned int roundedFloat(float value) {
   rest += (1u << (kDropped - 1)) - 1 + (rest >> kDropped & 1u);
   return sign | ((rest >> kDropped) - (kBias << kMantissa));
 }
+
+// Two codes of 8 bits, which these instructions turn into two float16, as float32.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(PAGEDCACHE_SOFTWARE)
+#define PAGEDCACHE_TWO_VALUES(instruction)                                            \
+  unsigned int both;                                                                  \
+  asm(instruction " %0, %1;" : "=r"(both) : "h"(static_cast<unsigned short>(codes))); \
+  first = fromF16(both & 0xffffu);                                                    \
+  second = fromF16(both >> 16)
+#else
+#define PAGEDCACHE_TWO_VALUES(instruction) \
+  first = value(codes & 0xffu);            \
+  second = value(codes >> 8 & 0xffu)
+#endif
 
 // What there is of each format: its bits, the magnitude that the largest element of a row becomes,
 // two codes of two values, the first in the lower bits, and the value of a code.
@@ -154,6 +223,10 @@ struct E4M3 {
     const float found = multiply(asFloat(rest << 20), 0x1p120f);
     return asFloat(asBits(found) | (code & 0x80u) << 24);
   }
+  __device__ __forceinline__ static void twoValues(unsigned int codes, float& first,
+                                                   float& second) {
+    PAGEDCACHE_TWO_VALUES("cvt.rn.f16x2.e4m3x2");
+  }
 };
 
 struct E5M2 {
@@ -171,7 +244,13 @@ struct E5M2 {
   }
   // The upper half of a float16.
   __device__ __forceinline__ static float value(unsigned int code) { return fromF16(code << 8); }
+  __device__ __forceinline__ static void twoValues(unsigned int codes, float& first,
+                                                   float& second) {
+    PAGEDCACHE_TWO_VALUES("cvt.rn.f16x2.e5m2x2");
+  }
 };
+
+#undef PAGEDCACHE_TWO_VALUES
 
 struct I8 {
   static constexpr int kBits = 8;
@@ -253,6 +332,15 @@ template <>
 struct FormatOf<BF16> : FloatFormat<BF16> {};
 template <>
 struct FormatOf<F32> : FloatFormat<F32> {};
+
+template <typename Format>
+constexpr bool hasTwoValues = false;
+template <>
+constexpr bool hasTwoValues<E4M3> = true;
+template <>
+constexpr bool hasTwoValues<E5M2> = true;
+template <typename T>
+constexpr bool hasTwoValues<FormatOf<T>> = hasTwoValues<T>;
 
 // Consecutive elements of a row as a thread holds them: kBytes of memory in words of 4.
 template <int kBytes>
@@ -343,10 +431,18 @@ template <typename Format, int kElements>
 __device__ __forceinline__ void decode(const Packed<kPackedBytes<Format, kElements>>& packed,
                                        float (&values)[kElements]) {
   constexpr int kBits = Format::kBits;
+  if constexpr (hasTwoValues<Format> && kElements > 1) {
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const unsigned int word = packed.words[i * kBits / 32] >> i * kBits % 32;
-    values[i] = Format::value(kBits == 32 ? word : word & ((1u << kBits % 32) - 1));
+    for (int i = 0; i < kElements; i += 2) {
+      Format::twoValues(packed.words[i * kBits / 32] >> i * kBits % 32 & 0xffffu, values[i],
+                        values[i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const unsigned int word = packed.words[i * kBits / 32] >> i * kBits % 32;
+      values[i] = Format::value(kBits == 32 ? word : word & ((1u << kBits % 32) - 1));
+    }
   }
 }
 

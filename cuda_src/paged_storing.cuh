@@ -40,6 +40,20 @@ __device__ __forceinline__ float largestOf(float value, unsigned int lanes) {
   return value;
 }
 
+// Divides, for scales and elements with which it cannot be done quickly. Takes few registers.
+template <typename Source, typename Format, int kElements>
+__device__ __forceinline__ void storeOneByOne(const char* from, char* cache, float scale) {
+  constexpr int kOne = Format::kBits == 4 && kElements > 1 ? 2 : 1;
+  constexpr int kFrom = kPackedBytes<Source, kOne>, kTo = kPackedBytes<Format, kOne>;
+#pragma unroll 1
+  for (int i = 0; i < kElements / kOne; ++i) {
+    float values[kOne];
+    decode<Source>(loadElements<Source, kOne, true>(from + i * kFrom), values);
+    for (float& value : values) value = divide(value, scale);
+    storePacked<kTo>(cache + i * kTo, encode<Format>(values));
+  }
+}
+
 template <typename T, typename Slot, typename Format, int kMode, int kElements, bool kAhead>
 __device__ __forceinline__ void storeRows(const PagedStoringParameters& p, const RowsSide& side,
                                           const char* from, char* cache, char* scales,
@@ -112,9 +126,14 @@ __device__ __forceinline__ void storeRows(const PagedStoringParameters& p, const
     } else {
       float values[kElements];
       decode<Source>(held, values);
+      if constexpr (kMode == kScaled) {
+        if (!Quotients(scale).of(values)) {
+          storeOneByOne<Source, Format, kElements>(from + i * kFrom, cache + i * kTo, scale);
+          continue;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
-        if constexpr (kMode == kScaled) values[j] = divide(values[j], scale);
         if constexpr (kComputes) values[j] = multiply(values[j], scale);
         if constexpr (kMode == kScaledElements) {
           const long long element = static_cast<long long>(first + i) * kElements + j;

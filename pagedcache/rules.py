@@ -196,7 +196,8 @@ class Rules:
             raise BadTensorStridesError(rule.name, "must not have negative strides", strides)
         in_bytes = tuple(step * tensor.dtype.itemsize for step in steps)
         bits = np.dtype(f"i{tensor.dtype.itemsize}")
-        if rule.written and overlaps_itself(view(_ANYWHERE, bits, tensor.shape, in_bytes)):
+        there = view(_ANYWHERE, bits, tensor.shape, in_bytes)
+        if rule.written and there.size and overlaps_itself(there):
             wanted = "must not overlap itself, but two of its elements share memory"
             raise BadTensorStridesError(rule.name, wanted, strides)
 

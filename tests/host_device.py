@@ -61,7 +61,9 @@ class Compiler:
         return ctypes.CDLL(str(stem.with_suffix(".so")))
 
     def function(self, file, expressions, number):
-        run = getattr(self.library(file, expressions), f"run_{number}")
+        library = self.library(file, expressions)
+        run = getattr(library, f"run_{number}")
+        run.take_deadlocks = getattr(library, "take_deadlocks", lambda: 0)
         run.argtypes = [ctypes.c_uint] * 3 + [ctypes.c_void_p]
         run.restype = None
         return run
@@ -96,6 +98,7 @@ class HostDevice:
         def launch(blocks, stream):
             self.launches.append((expression, (blocks, rows), threads))
             run(blocks, rows, threads, ctypes.addressof(arguments))
+            assert not run.take_deadlocks(), "a thread waited for one that does not come"
 
         pack = functools.partial(parameters.packer(type(arguments)), arguments, 0)
         return SimpleNamespace(pack=pack, run=launch)

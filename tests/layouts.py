@@ -58,10 +58,13 @@ def view_of(buffer, dtype, start, shape, strides):
     )
     if 0 in shape:
         span = 0
-    flat = buffer[start : start + span].view(dtype)
     if isinstance(buffer, np.ndarray):
-        return np.lib.stride_tricks.as_strided(flat, shape, steps)
+        # As ints, since NumPy does not know all dtypes of ml_dtypes here.
+        flat = buffer[start : start + span].view(f"i{dtype.itemsize}")
+        return np.lib.stride_tricks.as_strided(flat, shape, steps).view(dtype)
     import cupy
+
+    flat = buffer[start : start + span].view(dtype)
 
     return cupy.lib.stride_tricks.as_strided(flat, shape, steps)
 

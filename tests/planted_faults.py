@@ -604,8 +604,8 @@ FAULTS = (
     Fault(
         "a cache may overlap itself",
         "pagedcache/rules.py",
-        "if rule.written and overlaps_itself(",
-        "if not rule.written and overlaps_itself(",
+        "if rule.written and there.size and overlaps_itself(there):",
+        "if not rule.written and there.size and overlaps_itself(there):",
         (BAD_INPUT,),
     ),
     Fault(

@@ -45,8 +45,12 @@ def test_vllm(of, memory):
     reshape_and_cache_flash(*arrays, "auto", of(np.ones(1)), of(np.ones(1)))
     assert np.array_equal(caches, wanted)
     reshape_and_cache_flash(*arrays)
-    for dtype in ("fp8", "fp8_e5m2", "int8", "nvfp4", None, np.array(["auto"])):
-        with pytest.raises(NotImplementedError, match="kv_cache_dtype must be 'auto'") as caught:
+    for dtype in ("float16", "bfloat16"):  # copies, whatever is copied, as in vLLM
+        caches[...] = 0
+        reshape_and_cache_flash(*arrays, dtype, 1.0, 1.0)
+        assert np.array_equal(caches, wanted)
+    for dtype in ("int8", "nvfp4", "fp8_ds_mla", None, np.array(["auto"])):
+        with pytest.raises(NotImplementedError, match="must be one of 'auto', 'float16'") as caught:
             reshape_and_cache_flash(*arrays, kv_cache_dtype=dtype)
         assert caught.value.status == pc.Status.NOT_IMPLEMENTED
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import pagedcache as pc
 from pagedcache import __main__, demo
 from pagedcache.demo import model
+from pagedcache.demo.formats import STORAGES
 from pagedcache.demo.pool import Pool
 
 
@@ -42,9 +43,87 @@ def test_on_made_up_k_and_v(capsys, layout, dtype, block_size):
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("form", "bits", "most_error"),  # bits with those of the scales, error in per cent
+    [
+        ("float8_e4m3fn", 8, 3),
+        ("float8_e5m2", 8, 6),
+        ("int8", 8.5, 1),
+        ("int4", 5, 13),
+    ],
+)
+def test_formats(capsys, layout, dtype, form, bits, most_error):
+    options = ["--synthetic", "--layout", layout, "--dtype", dtype, "--format", form]
+    assert run(*options, "--block-size", "5", "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    lines = told.splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= 100
+    assert form in told
+    assert "OK: " in told
+    flat = " ".join(told.split())
+    taken, part, whole = re.search(r"take ([\d,]+) bytes, ([\d.]+) of the ([\d,]+)", flat).groups()
+    taken, whole = (int(number.replace(",", "")) for number in (taken, whole))
+    blocks = int(re.search(r"The cache: (\d+) blocks", told)[1])
+    elements = 2 * blocks * 5 * 3 * 64
+    assert whole == elements * np.dtype(demo.as_dtype("dtype", dtype)).itemsize
+    assert taken == elements * bits / 8 + (8 if form.startswith("float8") else 0)
+    assert float(part) == round(taken / whole, 3)
+    errors = re.findall(
+        r"^  [KV]  root mean square error ([\d.]+) % .* largest error (.+)$", told, re.MULTILINE
+    )
+    assert len(errors) == 2
+    for error, largest in errors:
+        assert most_error / 2 < float(error) < most_error
+        assert 0 < float(largest) < 1
+
+
+def test_the_copy_says_nothing_of_formats(capsys):
+    assert run("--synthetic", "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    assert run("--synthetic", "--device", "cpu", "--format", "copy") == 0
+    again = capsys.readouterr().out
+    numbers = re.compile(r"[\d.]+ [um]s")
+    assert numbers.sub("", told) == numbers.sub("", again)
+    assert "Memory" not in told
+    assert "scale" not in told
+
+
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "float8_e5m2", "int8", "int4"])
+def test_what_the_demo_computes_for_a_format(form):
+    """It shares no code with the operators, whose bytes it has to find."""
+    storage = STORAGES[form]
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((40, 2, 64)) * 10 ** rng.uniform(-9, 2, (40, 2, 64))).astype("f4")
+    rows[3] = 0
+    rows[4, 0] = 0.5 * np.arange(-32, 32)
+    rows[4, 0, 0] = storage.most  # scale 1: halves are stored as they are
+    given = None if storage.computes else np.array([0.0375], np.float32)
+    caches = np.zeros((2, 8, 5, 2, 64 // storage.packed), np.uint8)
+    scales = given
+    if storage.computes:
+        scales = np.zeros((8, 5, 2, *storage.groups(64)), np.float32)
+    more = {"k_scale": scales, "v_scale": None if scales is None else scales.copy()}
+    more |= {"k_format": form, "v_format": form, "layout": "NHD"}
+    pc.paged_caching(*caches, rows, rows, np.arange(40), **more)
+    codes, computed = storage.encode(rows, given)
+    assert np.array_equal(codes, caches[0].reshape(codes.shape))
+    if computed is not None:
+        assert np.array_equal(computed, scales.reshape(computed.shape))
+    out = np.zeros((2, *rows.shape), np.float32)
+    pc.paged_gather(*caches, np.arange(40), *out, **more)
+    assert np.array_equal(storage.decode(codes, given if computed is None else computed), out[0])
+    if storage.computes:
+        assert not codes[3].any()
+        assert not out[0, 3].any()
+
+
 @pytest.mark.gpu
-def test_on_the_gpu(capsys):
-    assert run("--synthetic") == 0
+@pytest.mark.parametrize("form", [demo.COPY, *STORAGES])
+def test_on_the_gpu(capsys, form):
+    assert run("--synthetic", "--format", form) == 0
     told = capsys.readouterr().out
     assert "Device: Handle('cuda:0'" in told
     assert "OK: " in told
@@ -145,6 +224,52 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
 
 
 @pytest.mark.parametrize(
+    ("sabotage", "found"),
+    [
+        ("drop a token", r"K of token 2 of A \(.*\) differs from the dense K in int8: \d+ of 192"),
+        (
+            "another scale",
+            r"scale of V of token 0 of A \(.*\) differs from that of the dense V in int8: 1 of 12",
+        ),
+        ("scale elsewhere", r"block 0 \([.#]\) of the K scales was written where no token belongs"),
+        ("code elsewhere", r"block 0 \([.#]\) of the V cache was written where no token belongs"),
+        ("misread", r"V that was read back differs from what is stored: 1 of \d+ bytes differ"),
+    ],
+    ids=["drop a token", "another scale", "scale elsewhere", "code elsewhere", "misread"],
+)
+def test_notices_a_wrong_byte_in_a_format(capsys, monkeypatch, sabotage, found):
+    calculate, gather = pc.Descriptor.calculate, pc.paged_gather
+    done = []
+
+    def sabotaged(self, k_cache, v_cache, k, v, slots, *, k_scale, v_scale):
+        slots = slots.copy()
+        first = int(slots[0]) // 16
+        if sabotage == "drop a token" and len(slots) != demo.BATCH:
+            slots[2] = -1
+        calculate(self, k_cache, v_cache, k, v, slots, k_scale=k_scale, v_scale=v_scale)
+        if len(slots) == demo.BATCH and not done:
+            done.append(True)
+            if sabotage == "code elsewhere":
+                v_cache[0, 0, 0, 1] ^= 1
+            if sabotage == "scale elsewhere":
+                k_scale.view(np.uint32)[0, 0, 0] ^= 1
+        elif sabotage == "another scale" and len(slots) != demo.BATCH:
+            v_scale.view(np.uint32)[first, 0, 0] ^= 1
+
+    def misread(k_cache, v_cache, slots, k_out, v_out, **more):
+        gather(k_cache, v_cache, slots, k_out, v_out, **more)
+        if sabotage == "misread":
+            v_out.view(np.uint8)[7, 1, 3] ^= 1
+
+    monkeypatch.setattr(pc.Descriptor, "calculate", sabotaged)
+    monkeypatch.setattr(pc, "paged_gather", misread)
+    assert run("--synthetic", "--device", "cpu", "--format", "int8") == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("MISMATCH: ")
+    assert re.search(found, last)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--device", "tpu"], "device must be of a registered type (cpu, cuda)"),
@@ -169,6 +294,7 @@ def test_bad_options_get_one_sentence(capsys, options, words):
         ["--decode", "-1"],
         ["--layout", "X"],
         ["--dtype", "int8"],
+        ["--format", "float16"],
     ],
 )
 def test_options_are_checked(capsys, options):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m pagedcache bench``: this write against a memcpy and the installed peers."""
+"""``python -m pagedcache bench``: write and gather against a memcpy and the installed peers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import json
 import math
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,18 @@ import numpy as np
 
 import pagedcache as pc
 from pagedcache.bench import peers
-from pagedcache.bench.case import INPUTS, SLOT_ORDERS, SOURCES, Axes, Case
+from pagedcache.bench.case import (
+    COPY,
+    DEFAULT_SCALES,
+    GROUP,
+    INPUTS,
+    OPERATORS,
+    SCALES,
+    SLOT_ORDERS,
+    SOURCES,
+    Axes,
+    Case,
+)
 from pagedcache.bench.host import host_times, print_host_times
 from pagedcache.bench.measure import ROUNDS, Graph, first_call_seconds
 
@@ -61,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("slots", str, choices=SLOT_ORDERS, help="how tokens are spread over the slots")
     add("source", str, choices=SOURCES, help=sources)
     add("inputs", str, choices=INPUTS, help="whether inputs are in the L2 cache (hot) or not")
+    formats = f"how K and V are stored; {COPY}: in their own dtype"
+    add("format", str, choices=tuple(DEFAULT_SCALES), help=formats)
+    scales = (
+        f"what shares a scale; a group is {GROUP} dimensions (default: tensor for 8-bit floats, "
+        "token-head for int8, group for int4)"
+    )
+    parser.add_argument("--scale", nargs="+", choices=SCALES, help=scales)
+    add("operator", str, choices=OPERATORS, help="write into the caches, or read back from them")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if usable)")
     parser.add_argument("--num-slots", type=_positive, metavar="N", help=capacity)
     parser.add_argument(
@@ -100,11 +120,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_slots and arguments.num_slots < max(tokens):
         print(f"--num-slots must be at least the number of tokens, {max(tokens)}")
         return 2
+    cases = [] if arguments.only_host_time else list(_axes(arguments, tokens[0]))
+    problem = next(filter(None, (axes.problem() for axes in cases)), "")
+    if arguments.scale and set(arguments.format) == {COPY}:
+        problem = f"--scale needs a --format other than {COPY}, which has no scales"
+    if problem:
+        print(problem)
+        return 2
     print(f"{handle!r}")
     if not on_gpu:
         print("No GPU is used: the CPU backend is compared with NumPy's copy of the same bytes.")
     results: dict[str, Any] = {"machine": _machine(handle), "gpu": [], "host": {}, "first_call": {}}
-    for axes in [] if arguments.only_host_time else _axes(arguments, tokens[0]):
+    for axes in cases:
         print(f"\n{axes.describe()}")
         measure = _on_gpu if on_gpu else _on_cpu
         rows = []
@@ -113,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
                 rows.append(measure(dataclasses.replace(axes, tokens=count), arguments))
                 step()
         missing = {name: why for row in rows for name, why in row.pop("missing", {}).items()}
-        _print_table(rows)
+        _print_table(rows, axes.operator)
         for name, why in missing.items():
             print(f"  {name} is not measured: {why}")
         results["gpu"].append({"axes": dataclasses.asdict(axes), "rows": rows})
@@ -136,8 +163,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _axes(arguments: argparse.Namespace, tokens: int) -> Iterator[Axes]:
     names = ("heads", "head_size", "block_size", "dtype", "layout", "slots", "source", "inputs")
-    for values in itertools.product(*(getattr(arguments, name) for name in names)):
+    stored = [
+        (name, scale)
+        for name in arguments.format
+        for scale in ([""] if name == COPY else arguments.scale or [DEFAULT_SCALES[name]])
+    ]
+    every = [getattr(arguments, name) for name in names]
+    for *values, (form, scale), operator in itertools.product(*every, stored, arguments.operator):
         chosen = dict(zip(names, values, strict=True))
+        chosen |= {"format": form, "scale": scale, "operator": operator}
         v_head_size = arguments.v_head_size or chosen["head_size"]
         yield Axes(tokens=tokens, v_head_size=v_head_size, **chosen)
 
@@ -156,23 +190,21 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     graphs: dict[str, Graph] = {}
 
     def copy(i: int) -> None:
-        k, v, _ = case.sets[i]
-        for cache, rows in ((case.k_cache, k), (case.v_cache, v)):
-            # Over the whole cache in turn, as a write does, not to a place that stays in L2.
-            place = cache.data.ptr + i * rows.nbytes % (cache.nbytes - rows.nbytes + 1) // 256 * 256
-            cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, rows.nbytes, 3, stream.ptr)
+        for cache, first, rows, size in case.memcpys(i):
+            place = cache.data.ptr + first
+            cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, size, 3, stream.ptr)
 
     device.synchronize()
     graphs[MEMCPY] = Graph(copy, len(case.sets), stream, guess, in_a_row)
-    for name, prepare in peers.PEERS.items():
-        if arguments.no_peers and name != peers.OURS:
-            continue
+    competitors = {peers.OURS: peers.PEERS[peers.OURS]} if arguments.no_peers else peers.PEERS
+    for name, prepare in [*_copy(axes), *competitors.items()]:
+        used = case.plain if name == peers.COPY else case
         try:
-            case.clear()
-            write = prepare(case)
+            used.clear()
+            write = prepare(used)
             write(0)
             device.synchronize()
-            if name not in peers.OWN_CACHE and not case.is_written(0):
+            if name not in peers.OWN_CACHE and not used.is_right(0):
                 raise peers.UnavailableError("its result is wrong")
             graphs[name] = Graph(write, len(case.sets), stream, guess, in_a_row)
         except Exception as error:  # a peer may refuse a case with any error
@@ -189,21 +221,28 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
 def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the time of the cpu backend and of NumPy's copy, in microseconds."""
     case = Case(axes, np, arguments.num_slots or 4 * axes.tokens, 1 << 26)
-    write = peers.pagedcache(case)
-    write(0)
-    if not case.is_written(0):
-        raise AssertionError("the cpu backend wrote wrong bytes")
-    flat = [cache.reshape(-1) for cache in (case.k_cache, case.v_cache)]
-    sets = [[np.ascontiguousarray(rows).reshape(-1) for rows in each[:2]] for each in case.sets]
+    copies = [
+        [
+            (_as_bytes(cache)[first : first + size], _as_bytes(np.ascontiguousarray(rows))[:size])
+            for cache, first, rows, size in case.memcpys(i)
+        ]
+        for i in range(len(case.sets))
+    ]
 
     def copy(i: int) -> None:
-        for target, rows in zip(flat, sets[i], strict=True):
-            # Over the whole cache in turn, as a write does, not to a place that stays in a cache.
-            start = i * rows.size % (target.size - rows.size + 1)
-            np.copyto(target[start : start + rows.size], rows)
+        for target, rows in copies[i]:
+            np.copyto(target, rows)
 
+    functions: dict[str, peers.Write] = {MEMCPY: copy}
+    for name, _ in [*_copy(axes), (peers.OURS, None)]:
+        used = case.plain if name == peers.COPY else case
+        used.clear()
+        functions[name] = peers.pagedcache(used)
+        functions[name](0)
+        if not used.is_right(0):
+            raise AssertionError("the cpu backend wrote wrong bytes")
     best = {}
-    for name, function in ((MEMCPY, copy), (peers.OURS, write)):
+    for name, function in functions.items():
         times = []
         for turn in range(max(10, 2 * len(case.sets))):
             began = time.perf_counter()
@@ -213,18 +252,31 @@ def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": axes.tokens, "payload": axes.payload, "us": best}
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _copy(axes: Axes) -> list[tuple[str, Any]]:
+    """Return this package's plain copy as a competitor, if caches are in a format of their own."""
+    return [] if axes.format == COPY else [(peers.COPY, peers.pagedcache)]
+
+
+def _as_bytes(array: Any) -> Any:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _print_table(rows: list[dict[str, Any]], operator: str = "write") -> None:
     names = list(dict.fromkeys(name for row in rows for name in row["us"]))
-    rivals = [name for name in names if name not in (MEMCPY, peers.OURS)]
+    rivals = [name for name in names if name not in (MEMCPY, peers.OURS, peers.COPY)]
     head = f"{'tokens':>8} " + " ".join(f"{name:>15}" for name in names)
-    head += f" {'of memcpy rate':>15}" + (f" {'of best peer':>13}" if rivals else "")
-    print(f"Time of one write, us\n{head}")
+    head += f" {'of memcpy rate':>15}" + (f" {'of copy time':>13}" if peers.COPY in names else "")
+    head += f" {'of best peer':>13}" if rivals else ""
+    print(f"Time of one {operator}, us\n{head}")
     ratios = []
     for row in rows:
         times = row["us"]
         line = f"{row['tokens']:>8} "
         line += " ".join(f"{times[name]:>15.2f}" if name in times else " " * 15 for name in names)
         line += f" {times[MEMCPY] / times[peers.OURS]:>15.3f}"
+        if peers.COPY in names:
+            copied = times.get(peers.COPY)
+            line += f" {times[peers.OURS] / copied:>13.3f}" if copied else " " * 14
         best = min((times[name] for name in rivals if name in times), default=None)
         if best is not None:
             ratios.append(times[peers.OURS] / best)
@@ -270,12 +322,14 @@ def _plot(results: dict[str, Any], file: Path) -> None:
         panel.set_axis_off()
     for panel, result in zip(panels.flat, results["gpu"], strict=False):
         rows = result["rows"]
+        axes = Axes(**result["axes"])
         panel.set_prop_cycle(color=colours)
         for name in dict.fromkeys(name for row in rows for name in row["us"]):
+            moved = axes.plain if name == peers.COPY else axes
             points = [
-                (row["tokens"], 2 * row["payload"] / row["us"][name] / 1e6)
-                for row in rows
-                if name in row["us"]
+                (count, 2 * dataclasses.replace(moved, tokens=count).payload / time_us / 1e6)
+                for count, time_us in ((row["tokens"], row["us"].get(name)) for row in rows)
+                if time_us is not None
             ]
             style: dict[str, Any] = {}
             if name == MEMCPY:
@@ -286,7 +340,7 @@ def _plot(results: dict[str, Any], file: Path) -> None:
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TB/s, read and written")
         panel.set_xticks([row["tokens"] for row in rows], [str(row["tokens"]) for row in rows])
         panel.set_xticks([], minor=True)
-        panel.set_title(Axes(**result["axes"]).describe(), fontsize=9)
+        panel.set_title(textwrap.fill(axes.describe(), 105), fontsize=9)
         panel.grid(visible=True, which="both", alpha=0.25)
         panel.legend(fontsize=8)
     figure.suptitle(results["machine"]["device"], fontsize=10)

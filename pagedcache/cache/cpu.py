@@ -172,12 +172,11 @@ class ConvertedRows:
             return values
         groups = values.reshape(-1, self._row[0], *self._groups)
         if not self._scale.is_written:
-            quotients: Array = groups / self._read_scales(at)[..., None]
-            return quotients.reshape(values.shape)
+            groups = groups / self._read_scales(at)[..., None]
+            return np.reshape(groups, values.shape)
         found = computed(groups, self._format.most, powers=self._scale.powers)
         self._scales(at)[block, offset] = found
-        products: Array = groups * (np.float32(1) / found)[..., None]
-        return products.reshape(values.shape)
+        return np.reshape(groups * (np.float32(1) / found)[..., None], values.shape)
 
     def _multiplied(self, values: Array, at: int, block: Array, offset: Array) -> Array:
         if self._scale is None:
@@ -187,8 +186,7 @@ class ConvertedRows:
             scales = self._scales(at)[block, offset]
         else:
             scales = self._read_scales(at)
-        products: Array = groups * scales[..., None]
-        return products.reshape(values.shape)
+        return np.reshape(groups * scales[..., None], values.shape)
 
     def _read_scales(self, at: int) -> Array:
         """Return scales that do not depend on the slot, ``[num_kv_heads, groups]``."""

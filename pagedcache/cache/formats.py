@@ -101,15 +101,16 @@ class Format:
         if self.packed == 2:
             # The shift to the right repeats the sign.
             both = np.stack([(codes << 4).view(np.int8) >> 4, codes.view(np.int8) >> 4], axis=-1)
-            return both.reshape(*codes.shape[:-1], -1).astype(np.float32)
+            return np.reshape(both, (*codes.shape[:-1], -1)).astype(np.float32)
         with np.errstate(invalid="ignore"):  # a NaN that signals
-            return codes.view(self.dtype).astype(np.float32)
+            values: Array = codes.view(self.dtype).astype(np.float32)
+        return values
 
 
 def _rounded(values: Array, most: float) -> Array:
     """Return int8: the nearest integers in ``-most - 1`` to `most`, halves away from zero."""
     clipped = np.clip(np.where(np.isnan(values), np.float32(0), values), -most - 1, most)
-    whole = np.trunc(clipped)
+    whole: Array = np.trunc(clipped)
     whole += np.copysign(np.abs(clipped - whole) >= 0.5, clipped)
     return whole.astype(np.int8)
 

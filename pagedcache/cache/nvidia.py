@@ -100,7 +100,8 @@ class Rows:
             return CONVERTED
         if self.computes and side.scale.is_written:
             return COMPUTED_POWER if side.scale.powers else COMPUTED
-        return SCALED if side.scale.group % elements == 0 else SCALED_ELEMENTS
+        each = side.scale.granularity == "channel" or side.scale.group % elements
+        return SCALED_ELEMENTS if each else SCALED
 
     def instance(self, elements: Elements, *, ahead: bool) -> str:
         """Return the C++ name of the kernel whose threads take so many elements."""

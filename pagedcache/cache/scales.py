@@ -97,9 +97,7 @@ def scale_axes(
     name = f"{letter}_scale"
     if scale is None:
         if stored.is_integer:
-            rule = (
-                f"must be given, because {letter}_cache stores {stored.name}, which needs a scale"
-            )
+            rule = f"must be given, because {letter}_cache stores {stored.name}, which needs one"
             raise BadParamError(name, rule)
         return "", ()
     if stored.is_float:
@@ -173,7 +171,9 @@ def computed(values: Array, most: float, *, powers: bool = False) -> Array:
     `powers`, the least power of two that is no less than ``max(amax / most, 1e-4)``, as in its
     ``fp8_ds_mla`` (``cache_kernels.cu``).
     """
-    amax: Array = np.fmax.reduce(np.abs(values), axis=-1, initial=np.float32(0))
+    # Not np.fmax, which returns a NaN for one that signals.
+    sizes = np.where(np.isnan(values), np.float32(0), np.abs(values))
+    amax: Array = sizes.max(axis=-1)
     with np.errstate(all="ignore"):
         scale: Array = np.maximum(amax / np.float32(most), SMALLEST_POWER if powers else SMALLEST)
     if powers:

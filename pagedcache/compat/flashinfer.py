@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from pagedcache.arrays.find import adopt, part
+from pagedcache.compat.common import copy_bytes, is_of_bytes, shape_of
 from pagedcache.operators.paged_caching.one_call import paged_caching
 from pagedcache.status import BadParamError, BadTensorDtypeError, BadTensorShapeError, shown
 
@@ -30,7 +31,8 @@ def append_paged_kv_cache(
     Parameters
     ----------
     append_key, append_value : array
-        ``[num_tokens, num_kv_heads, head_size]``.
+        ``[num_tokens, num_kv_heads, head_size]``, of the dtype of `paged_kv_cache`. To store 8-bit
+        floats or integers, cast before; they are copied, and `head_size` must be even.
     batch_indices : array
         ``[num_tokens]``: the sequence of each token. A negative entry is padding and is skipped.
     positions : array
@@ -55,10 +57,11 @@ def append_paged_kv_cache(
     ------
     BadTensorShapeError
         `paged_kv_cache` is neither one array with five axes nor two with four, an index array does
-        not have exactly one axis, or `append_value`, `batch_indices` or `positions` is not as long
-        as `append_key`.
+        not have exactly one axis, `append_value`, `batch_indices` or `positions` is not as long
+        as `append_key`, or `head_size` is odd and elements are of one byte.
     BadTensorDtypeError
-        An index array does not have an integer dtype.
+        An index array does not have an integer dtype; or `append_key` or `append_value` is not of
+        the dtype of the pages, and the elements of one of them are of one byte.
     BadParamError
         Unknown `kv_layout`, or the slots cannot be computed from the index arrays.
     PagedCacheError
@@ -77,13 +80,13 @@ def append_paged_kv_cache(
     }
     for name, table in tables.items():
         _check_indices(name, table)
-    key_shape = _shape(append_key)
+    key_shape = shape_of(append_key)
     for name, array in (
         ("append_value", append_value),
         ("batch_indices", batch_indices),
         ("positions", positions),
     ):
-        shape = _shape(array)
+        shape = shape_of(array)
         if shape[:1] != key_shape[:1]:
             rule = f"must be as long as append_key, which has shape {key_shape}"
             raise BadTensorShapeError(name, rule, f"shape {shape}")
@@ -92,7 +95,13 @@ def append_paged_kv_cache(
     except Exception as error:
         rule = f"must be integer arrays of the same library ({error})"
         raise BadParamError("batch_indices, positions, kv_indices and kv_indptr", rule) from error
-    paged_caching(k_cache, v_cache, append_key, append_value, slots, layout=kv_layout)
+    arrays = (k_cache, v_cache, append_key, append_value)
+    if any(map(is_of_bytes, arrays)):
+        copy_bytes(
+            ("paged_kv_cache",) * 2 + ("append_key", "append_value"), *arrays, slots, kv_layout
+        )
+        return
+    paged_caching(*arrays, slots, layout=kv_layout)
 
 
 def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
@@ -101,21 +110,14 @@ def _caches(paged_kv_cache: Any) -> tuple[Any, Any]:
         caches = tuple(paged_kv_cache)
         got = f"{len(caches)} arrays"
     else:
-        shape = _shape(paged_kv_cache)
+        shape = shape_of(paged_kv_cache)
         name, both = "paged_kv_cache", (0, 1) if shape[1:2] == (2,) else ()
         caches = tuple(part(name, paged_kv_cache, (slice(None), index)) for index in both)
         got = f"shape {shape}"
-    if len(caches) != 2 or any(len(_shape(cache)) != 4 for cache in caches):
+    if len(caches) != 2 or any(len(shape_of(cache)) != 4 for cache in caches):
         rule = "must have 5 axes [num_pages, 2, ...], or be a pair of arrays with 4 axes"
         raise BadTensorShapeError("paged_kv_cache", rule, got)
     return caches[0], caches[1]
-
-
-def _shape(array: Any) -> tuple[Any, ...]:
-    try:
-        return tuple(array.shape)
-    except Exception:  # of whatever was given
-        return ()
 
 
 def _check_indices(name: str, array: Any) -> None:

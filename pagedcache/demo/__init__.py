@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pagedcache as pc
+from pagedcache.demo.formats import COPY, STORAGES, Storage
 from pagedcache.demo.model import ModelFile, NoModelError, find_model, require_readers
 from pagedcache.demo.pool import PADDING, Pool, Sequence
 from pagedcache.dtypes import as_dtype
@@ -57,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", "HND", "layout of the caches", choices=("HND", "NHD"))
     dtypes = ("float16", "bfloat16", "float32")
     add("--dtype", "bfloat16", "dtype of K, V and the caches", choices=dtypes)
+    formats = f"how the caches store K and V; {COPY}: in their own dtype"
+    add("--format", COPY, formats, choices=(COPY, *STORAGES))
     add("--block-size", 16, "slots per block", type=_int_in(1, 1024), metavar="TOKENS")
     add("--decode", 8, "number of decode steps", type=_int_in(0, 1024), metavar="STEPS")
     parser.add_argument("--model", type=Path, metavar="FILE", help="SmolLM2 model file (GGUF)")
@@ -176,22 +179,35 @@ def _demonstrate(
             _print_wrapped(f"  {report.device_type} is not usable: {report.reason}")
     middle = (heads, block_size) if layout == "HND" else (block_size, heads)
     shape = (pool.num_blocks, *middle, size)
+    storage = STORAGES.get(arguments.format)
+    cache_dtype, parts = np.dtype(arguments.dtype), f"a {arguments.dtype} array {list(shape)}"
+    if storage is not None:
+        shape = (*shape[:3], size // storage.packed)
+        cache_dtype, parts = np.dtype(np.uint8), f"{storage.name} in {list(shape)} bytes"
     print()
     _print_wrapped(
-        f"The cache: {pool.num_blocks} blocks, block size {block_size}; K and V are each a "
-        f"{arguments.dtype} array {list(shape)} ({layout})."
+        f"The cache: {pool.num_blocks} blocks, block size {block_size}; K and V are each {parts} "
+        f"({layout})" + (f", with {storage}." if storage else ".")
     )
     print("  . free   # held by others   A B C D held by that sequence   * shared by several")
     print("  (one mark per block; the number on the left is that of the first block in the row)")
     print("Before: every byte is random, so a stray write would show.")
     print(_coloured(pool.picture()))
 
-    itemsize = np.dtype(arguments.dtype).itemsize
-    image = [
-        rng.integers(0, 256, (*shape, itemsize), np.uint8).view(arguments.dtype)[..., 0]
-        for _ in "kv"
-    ]
+    image = [_random(rng, shape, cache_dtype) for _ in "kv"]
     k_cache, v_cache = (move(cache) for cache in image)
+    given: list[Array] = []  # scales that are read
+    scales: dict[str, Any] = {}
+    options: dict[str, Any] = {"layout": layout}
+    if storage is not None:
+        if storage.computes:
+            image += [_random(rng, (*shape[:3], *storage.groups(size)), np.float32) for _ in "kv"]
+        else:
+            given = [storage.scale_of(_all_rows(dense, which)) for which in (0, 1)]
+        k_scale, v_scale = (move(scale) for scale in given or image[2:])
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        options |= {"k_format": storage.name, "v_format": storage.name}
+    row_bytes = sum(array[0].nbytes for array in image) // block_size  # of a token, stored
 
     # Prefill: all prompts at once, except for blocks that another sequence has already written.
     sequences: dict[str, Sequence] = {}
@@ -204,11 +220,11 @@ def _demonstrate(
         slots.append(pool.extend(sequence, length - steps - start))
         rows += [(name, place) for place in range(start, sequence.length)]
     k, v = (_gather(dense, rows, which) for which in (0, 1))
-    arrays = [k_cache, v_cache, move(k), move(v), move(np.concatenate(slots))]
+    arrays = (k_cache, v_cache, move(k), move(v), move(np.concatenate(slots)))
     began = time.perf_counter()
-    descriptor = pc.Descriptor.create(*arrays, layout=layout, handle=handle)
+    descriptor = pc.Descriptor.create(*arrays, handle=handle, **(scales | options))
     created = time.perf_counter() - began
-    first, each = _timed(lambda: descriptor.calculate(*arrays), on_gpu)
+    first, each = _timed(lambda: descriptor.calculate(*arrays, **scales), on_gpu)
 
     shared = sequences["B"].shared
     print(f"\nPrefill: {len(rows)} tokens of {len(sequences)} prompts in one call.")
@@ -222,7 +238,7 @@ def _demonstrate(
             else "no block, so each sequence has its own copy."
         )
     )
-    moved = 2 * (k.nbytes + v.nbytes) + len(rows) * 8
+    moved = k.nbytes + v.nbytes + len(rows) * (row_bytes + 8)
     compiled = " (including compilation)" * on_gpu
     print(f"  Descriptor created in {created * 1e3:.1f} ms{compiled}.")
     _print_wrapped(
@@ -238,9 +254,9 @@ def _demonstrate(
         padded = np.full(BATCH, PADDING, np.int64)
         padded[: len(rows)] = np.concatenate(slots)
         rows += [("A", 0)] * (BATCH - len(rows))
-        arrays = [k_cache, v_cache, *(move(_gather(dense, rows, which)) for which in (0, 1))]
-        arrays.append(move(padded))
-        descriptor.calculate(*arrays)
+        k, v = (_gather(dense, rows, which) for which in (0, 1))
+        arrays = (k_cache, v_cache, move(k), move(v), move(padded))
+        descriptor.calculate(*arrays, **scales)
     limited = f" (of {arguments.decode} requested: the shortest text ends)"
     limited *= steps < arguments.decode
     print(f"\nDecode: {steps} steps{limited} with the same descriptor.")
@@ -250,8 +266,8 @@ def _demonstrate(
         "comes from the text, so no model has to be run."
     )
     if steps:
-        _, each = _timed(lambda: descriptor.calculate(*arrays), on_gpu)
-        moved = 2 * len(sequences) * (k.nbytes + v.nbytes) // len(k) + BATCH * 8
+        _, each = _timed(lambda: descriptor.calculate(*arrays, **scales), on_gpu)
+        moved = len(sequences) * ((k.nbytes + v.nbytes) // len(k) + row_bytes) + BATCH * 8
         print(f"  {moved:,} bytes in {each * 1e6:.1f} us per step.")
     print(_coloured(pool.picture()))
 
@@ -260,8 +276,68 @@ def _demonstrate(
         print(f"  {sequence.name} {sequence.length:>4} tokens  {_short(sequence.block_table)}")
     _explain_one(pool, sequences["D"])
     descriptor.destroy()
-    back = [cache.get() if on_gpu else cache for cache in (k_cache, v_cache)]
-    return _compare(dense, pool, sequences, image, back, layout)
+    written = [k_cache, v_cache, *(() if given else scales.values())]
+    back = [array.get() if on_gpu else array for array in written]
+    if storage is None:
+        wanted = [{name: both[i] for name, both in dense.texts.items()} for i in (0, 1)]
+        return _compare(wanted, pool, sequences, image, back, layout)
+
+    k, v = (_all_rows(dense, which) for which in (0, 1))
+    k_out, v_out = move(np.zeros_like(k)), move(np.zeros_like(v))
+    everything = np.concatenate(
+        [pool.slots(sequence, np.arange(sequence.length)) for sequence in sequences.values()]
+    )
+    read = (k_cache, v_cache, move(everything), k_out, v_out)
+    pc.paged_gather(*read, **(scales | options))
+    stored = sum(array.nbytes for array in (*image, *given))
+    plain = pool.num_blocks * block_size * (k[0].nbytes + v[0].nbytes)
+    print()
+    _print_wrapped(
+        f"Memory: caches and scales take {stored:,} bytes, {stored / plain:.3f} of the {plain:,} "
+        f"of caches that copy {arguments.dtype}."
+    )
+    print("Read back by paged_gather through the block tables, beside the dense K and V:")
+    # What must have been stored and read is computed here once more.
+    wanted = [{} for _ in image]
+    misread = ""
+    ends = np.cumsum([sequence.length for sequence in sequences.values()])[:-1]
+    for which, (letter, rows_of_all, out) in enumerate(
+        zip("KV", (k, v), (k_out, v_out), strict=True)
+    ):
+        found = out.get() if on_gpu else out
+        print(f"  {letter}  {_error(found, rows_of_all, letter)}")
+        codes, computed = storage.encode(rows_of_all, given[which] if given else None)
+        wanted[which] = dict(zip(sequences, np.split(codes, ends), strict=True))
+        if computed is not None:
+            wanted[2 + which] = dict(zip(sequences, np.split(computed, ends), strict=True))
+        expected = storage.decode(codes, given[which] if computed is None else computed)
+        if wrong := _difference(found, expected.astype(rows_of_all.dtype)):
+            misread = f"{letter} that was read back differs from what is stored: {wrong}"
+    return _compare(wanted, pool, sequences, image, back, layout, storage, misread)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return an array of random bytes."""
+    made: Array = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)
+    return made[..., 0]
+
+
+def _all_rows(dense: _Dense, which: int) -> Array:
+    """Return K or V of all texts, one after the other."""
+    return np.concatenate([both[which] for both in dense.texts.values()])
+
+
+def _error(found: Array, dense: Array, letter: str) -> str:
+    """Return in words how far from the dense rows those are that were read back."""
+    wide = dense.astype(np.float64)
+    with np.errstate(all="ignore"):  # what is read from a slot that was not written
+        error = found.astype(np.float64) - wide
+        part = np.sqrt((error**2).mean() / (wide**2).mean())
+        largest = np.abs(error).max()
+    return (
+        f"root mean square error {part * 100:.3g} % of the root mean square of {letter}, "
+        f"largest error {largest:.3g}"
+    )
 
 
 def _gather(dense: _Dense, rows: list[tuple[str, int]], which: int) -> Array:
@@ -325,35 +401,65 @@ def _timed(write: Callable[[], None], on_gpu: bool) -> tuple[float, float]:
 
 
 def _compare(
-    dense: _Dense,
+    wanted: list[dict[str, Array]],
     pool: Pool,
     sequences: dict[str, Sequence],
     image: list[Array],
     back: list[Array],
     layout: str,
+    storage: Storage | None = None,
+    misread: str = "",
 ) -> int:
-    """Compare what the block tables read back with the dense K and V, and both caches in full."""
+    """Compare what the block tables read back with what is wanted there, and caches in full.
+
+    Parameters
+    ----------
+    wanted : list of dict
+        By name of the sequence, what K, V, and the scales of both if there are any, must be.
+    pool : Pool
+    sequences : dict
+    image, back : list of array
+        Caches, and scales if there are any, before the first write and after the last.
+    layout : {"HND", "NHD"}
+    storage : Storage, optional
+        The format of the caches, if it is one of their own.
+    misread : str
+        What is wrong if all of these are right.
+    """
     read = 0
-    for letter, which in ("K", 0), ("V", 1):
-        expected, cache = image[which], back[which]
+    for which, (expected, cache) in enumerate(zip(image, back, strict=True)):
+        letter = "KV"[which % 2]
+        noun, whole, source = letter, f"{letter} cache", f"the dense {letter}"
+        if storage is not None:
+            source += f" in {storage.name}"
+        if which > 1:
+            noun, whole, source = f"scale of {letter}", f"{letter} scales", f"that of {source}"
         for name, sequence in sequences.items():
             for place in range(sequence.length):
                 block = sequence.block_table[place // pool.block_size]
                 offset = place % pool.block_size
                 at = (block, slice(None), offset) if layout == "HND" else (block, offset)
-                row = dense.texts[name][which][place]
+                row = wanted[which][name][place]
                 if wrong := _difference(cache[at], row):
-                    what = f"{letter} of token {place} of {name} (block {block}, offset {offset})"
-                    print(f"\nMISMATCH: {what} differs from the dense {letter}: {wrong}")
+                    what = f"{noun} of token {place} of {name} (block {block}, offset {offset})"
+                    print(f"\nMISMATCH: {what} differs from {source}: {wrong}")
                     return 1
                 read += row.nbytes
                 expected[at] = row
         for block, mark in enumerate(pool.marks()):
             if wrong := _difference(cache[block], expected[block]):
-                what = f"block {block} ({mark}) of the {letter} cache"
+                what = f"block {block} ({mark}) of the {whole}"
                 print(f"\nMISMATCH: {what} was written where no token belongs: {wrong}")
                 return 1
+    if misread:
+        print(f"\nMISMATCH: {misread}")
+        return 1
     total = sum(cache.nbytes for cache in back)
+    if storage is not None:
+        print(f"\nOK: {read:,} stored bytes equal those that NumPy makes of the dense K and V,")
+        print("    what was read back is exactly what they stand for,")
+        print(f"    and all {total:,} bytes are as expected, unwritten slots included.")
+        return 0
     print(f"\nOK: {read:,} bytes read back through the block tables equal the dense K and V,")
     print(f"    and all {total:,} bytes of both caches are as expected, unwritten slots included.")
     return 0

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pagedcache.backend.handle import Handle
+from pagedcache.cache.tables import SLOT_DTYPES
 from pagedcache.dtypes import Dtype, as_dtype
 from pagedcache.operators.paged_caching.descriptor import Descriptor
-from pagedcache.cache.tables import SLOT_DTYPES
 from pagedcache.operators.paged_caching.info import DTYPES
 from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that convert compile for every architecture, and do what they promise."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from format_cases import EIGHT_BITS, FORMATS, LOWEST, SOURCES
+
+pytest.importorskip("cupy")
+
+from test_kernel_compiles import ARCHITECTURES, compile_for
+
+from pagedcache.backend.nvidia import source
+from pagedcache.cache import nvidia
+
+SLOTS = ("int64", "int32")
+
+
+def modes(stored, kind, operator):
+    """Return what a kernel may do with rows of a dtype in a format."""
+    if stored == kind:
+        return [nvidia.COPIED]
+    if stored in SOURCES:
+        return [nvidia.CONVERTED]
+    scaled = [nvidia.SCALED, nvidia.SCALED_ELEMENTS]
+    if operator == "pagedStoring":
+        scaled += [nvidia.COMPUTED]
+        scaled += [nvidia.COMPUTED_POWER] if stored == "float8_e4m3fn" else []
+    return scaled + ([nvidia.CONVERTED] if stored in EIGHT_BITS else [])
+
+
+def instances(operator, turn):
+    """Return C++ names in which each source meets each format and mode.
+
+    How many elements a thread takes differs from turn to turn, K's from V's.
+    """
+    found = []
+    for kind in SOURCES:
+        sides = [
+            (nvidia.TYPE_NAMES[stored], mode, 2 if stored == "int4" else 1)
+            for stored in FORMATS
+            for mode in modes(stored, kind, operator)
+        ]
+        for index, (name, mode, packed) in enumerate(sides):
+            other, other_mode, other_packed = sides[(index + 1 + turn) % len(sides)]
+            counts = [1 << (index + turn) % 5, 1 << (2 * index + turn) % 5]
+            found.append(
+                f"pagedcache::{operator}<pagedcache::{nvidia.TYPE_NAMES[kind]}, "
+                f"{nvidia.SLOT_NAMES[SLOTS[index % 2]]}, pagedcache::{name}, {mode}, "
+                f"{max(counts[0], packed)}, pagedcache::{other}, {other_mode}, "
+                f"{max(counts[1], other_packed)}, {str(index % 3 == 0).lower()}>"
+            )
+    return found
+
+
+@pytest.mark.parametrize("operator", ["pagedStoring", "pagedGather"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_conversion_compiles(architecture, operator):
+    file = {"pagedStoring": "paged_storing.cuh", "pagedGather": "paged_gather.cuh"}[operator]
+    expressions = instances(operator, ARCHITECTURES.index(architecture))
+    assert len(expressions) >= 39
+    names, _, ptx, log = compile_for(architecture, source.read(file), expressions)
+    for name, expression in zip(names, expressions, strict=True):
+        body = re.search(rf"\.entry {name}\((.*?)^}}", ptx, re.DOTALL | re.MULTILINE)[1]
+        # Each operation is rounded once, and none flushes subnormal numbers, but where many numbers
+        # are divided by one (see Quotients): three for each element.
+        each = [int(count) for count in re.findall(r"::\w+, 2, (\d+)", expression)]
+        quotients = sum(each) if operator == "pagedStoring" else 0
+        assert body.count("fma.rn.ftz.f32") == 3 * quotients + (quotients > 0) * len(each)
+        assert len(re.findall(r"\bfma\.", body)) == body.count("fma.rn.ftz.f32"), expression
+        assert len(re.findall(r"(?:mul|add|sub|div|cvt|max)[.\w]*\.ftz", body)) == quotients
+        assert ".approx" not in body, expression
+        assert ".local" not in body, expression
+        computes = re.search(r"::\w+, [45], \d", expression) is not None
+        assert ("shfl.sync.bfly" in body) is computes, expression
+        hardware = "cvt.rn.satfinite" in body
+        wants = operator == "pagedStoring" and re.search(r"E4M3|E5M2", expression) is not None
+        assert hardware is (wants and architecture >= 89), expression
+        # One wait in each of K and V, with nothing read or written ahead of it.
+        assert body.count("griddepcontrol.wait") == 2 * (architecture >= 90)
+        if architecture >= 90:
+            assert not re.search(
+                r"(ld|st|red|atom)\.global", body.partition("griddepcontrol.wait")[0]
+            )
+        used = re.search(
+            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, (\d+) bytes spill "
+            r"stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers",
+            log,
+            re.DOTALL,
+        )
+        stack, stores, loads, registers = map(int, used.groups())
+        assert (stack, stores, loads) == (0, 0, 0), expression
+        assert registers <= 64, expression
+
+
+def test_all_that_a_side_can_be_is_compiled():
+    """Over all architectures, every number of elements meets every format and mode."""
+    seen = set()
+    for turn in range(len(ARCHITECTURES)):
+        for operator in ("pagedStoring", "pagedGather"):
+            for expression in instances(operator, turn):
+                found = re.findall(r"pagedcache::(\w+), (\d), (\d+)", expression)
+                seen |= {(operator, *side) for side in found}
+    for operator in ("pagedStoring", "pagedGather"):
+        for stored in FORMATS:
+            for mode in modes(stored, "float16", operator):
+                for elements in (1, 2, 4, 8, 16):
+                    if elements > 1 or stored not in LOWEST or stored == "int8":
+                        side = operator, nvidia.TYPE_NAMES[stored], str(mode), str(elements)
+                        assert side in seen
