@@ -225,3 +225,75 @@ assert (host(stack)[0].transpose(0, 2, 1, 3) == expected).all()
 assert (host(pack)[..., :SIZE] == expected).all()
 assert (host(k_cache).transpose(0, 2, 1, 3) == expected).all()
 assert numpy.count_nonzero(expected) == 4 * HEADS * SIZE
+
+# %% [markdown]
+# ## Other formats: error against bytes
+#
+# A cache need not hold the bits of K and V. It can be of 8-bit floats, of int8 or of int4, two to a
+# byte, each with scales: of the whole cache, of a head, of each token's row in a head, or of a few
+# neighbouring dimensions. The write converts, and computes the scales of the last two kinds;
+# `paged_gather` reads everything back. We store rows that look like those of a model, in which a
+# few dimensions of K are much larger than the others, and compare the error with the bytes that an
+# element takes, its share of the scale included.
+
+# %%
+from matplotlib import pyplot
+
+rng = numpy.random.default_rng(0)
+SIZE, HEADS, TOKENS = 64, 4, 256
+rows = {name: rng.standard_normal((TOKENS, HEADS, SIZE), numpy.float32) for name in ("K", "V")}
+rows["K"][:, :, ::16] *= 12
+order = rng.permutation(TOKENS)
+blocks = (TOKENS // 16, 16, HEADS)  # NHD
+SCALES = {"cache": (1,), "head": (HEADS,), "token and head": blocks, "group of 32": (*blocks, 2)}
+CHOICES = [("bfloat16", None), ("float8_e4m3fn", "cache"), ("float8_e5m2", "cache"),
+           ("int8", "cache"), ("int8", "head"), ("int8", "token and head"),
+           ("int4", "token and head"), ("int4", "group of 32")]  # fmt: skip
+MOST = {"float8_e4m3fn": 448, "float8_e5m2": 57344, "int8": 127, "int4": 7}
+
+
+def store_and_read(values, name, shared):
+    """Return the error of what is read back, relative to the values, and bytes per element."""
+    dense, slots = xp.asarray(values), xp.asarray(order)
+    packed = 2 if name == "int4" else 1
+    dtype = "bfloat16" if name == "bfloat16" else xp.uint8
+    k_cache, v_cache = (xp.zeros((*blocks, SIZE // packed), dtype) for _ in "kv")
+    scales, size = {}, k_cache.nbytes
+    if shared is not None:
+        scale = xp.zeros(SCALES[shared], xp.float32)  # the write computes it,
+        if shared in ("cache", "head"):  # or is given what makes the largest value the largest code
+            axes = None if shared == "cache" else (0, 2)
+            scale[...] = abs(dense).max(axis=axes) / MOST[name]
+        scales = {"k_scale": scale, "v_scale": scale.copy()}
+        size += scale.nbytes
+    formats = {"k_format": name, "v_format": name}
+    pc.paged_caching(k_cache, v_cache, dense, dense, slots, layout="NHD", **scales, **formats)
+    back, again = xp.zeros_like(dense), xp.zeros_like(dense)
+    pc.paged_gather(k_cache, v_cache, slots, back, again, layout="NHD", **scales, **formats)
+    difference = host(back) - values
+    error = float(numpy.sqrt((difference**2).mean() / (values**2).mean()))
+    return error, size / values.size
+
+
+figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+for panel, (name, values) in zip(panels, rows.items(), strict=True):
+    for stored, shared in CHOICES:
+        error, size = store_and_read(values, stored, shared)
+        label = stored if shared is None else f"{stored}, a scale for each {shared}"
+        panel.plot(size, 100 * error, "o", markersize=9, label=label)
+        print(f"{name}  {label:45} {size:5.3f} bytes an element, error {100 * error:6.2f} %")
+    panel.set(yscale="log", xlabel="bytes an element", title=name, xlim=(0.4, 2.1))
+    panel.grid(visible=True, which="both", alpha=0.3)
+panels[0].set_ylabel("root mean square error, %")
+panels[1].legend(fontsize=8, loc="upper right")
+figure.tight_layout()
+
+# %% [markdown]
+# Where a few dimensions are large, integers do better with a scale for each group, and 8-bit floats
+# keep their relative precision whatever the scale. The copy in `bfloat16` takes more than three
+# times the bytes of int4.
+
+# %%
+by_group = store_and_read(rows["K"], "int4", "group of 32")[0]
+assert store_and_read(rows["K"], "int8", "token and head")[0] < by_group
+assert store_and_read(rows["V"], "bfloat16", None)[0] < 0.01

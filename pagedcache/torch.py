@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator for PyTorch's compiler: ``torch.ops.pagedcache.paged_caching``.
+"""The operators for PyTorch's compiler: ``torch.ops.pagedcache.paged_caching`` and its mirror.
 
-Eager code does not need this module, since `pagedcache.paged_caching` takes tensors as they are.
-Importing it registers the operator together with what ``torch.compile`` and ``torch.export`` must
-know: that it writes both caches and returns nothing. `pagedcache` does not import this module.
-Requires PyTorch 2.4 or newer.
+Eager code does not need this module, since `pagedcache.paged_caching` and `pagedcache.paged_gather`
+take tensors as they are. Importing it registers both together with what ``torch.compile`` and
+``torch.export`` must know: what they write, and that they return nothing. `pagedcache` does not
+import this module. Requires PyTorch 2.4 or newer.
 
 ``pagedcache.torch.paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=None,
-on_invalid="skip")`` takes PyTorch tensors only; see `pagedcache.paged_caching` for what they must
-be. It runs on PyTorch's current stream. In code that a compiler functionalizes, as all backends
-but ``"eager"`` do, an error of ``on_invalid="raise"`` leaves the caches as they were.
+on_invalid="skip", k_scale=None, v_scale=None, k_format=None, v_format=None)`` and
+``pagedcache.torch.paged_gather(k_cache, v_cache, slot_mapping, k_out, v_out, ...)``, with the same
+options, take PyTorch tensors only; see `pagedcache.paged_caching` and `pagedcache.paged_gather` for
+what they must be. They run on PyTorch's current stream. In code that a compiler functionalizes, as
+all backends but ``"eager"`` do, an error of ``on_invalid="raise"`` leaves what would be written as
+it was, and a write counts as one to its scales, also if they are only read.
 
 Examples
 --------
@@ -26,17 +29,27 @@ Examples
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pagedcache.operators.paged_caching.one_call import paged_caching as _paged_caching
+from pagedcache.operators.paged_gather.one_call import paged_gather as _paged_gather
 from pagedcache.status import BadParamError
 
-NAME = "pagedcache::paged_caching"
+WRITE, GATHER = "pagedcache::paged_caching", "pagedcache::paged_gather"
 
 torch.library.define(
-    NAME,
+    WRITE,
     "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping, "
-    "str? layout=None, str on_invalid='skip') -> ()",
+    "str? layout=None, str on_invalid='skip', Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
+    "str? k_format=None, str? v_format=None) -> ()",
+)
+torch.library.define(
+    GATHER,
+    "(Tensor k_cache, Tensor? v_cache, Tensor slot_mapping, Tensor(a!) k_out, Tensor(b!)? v_out, "
+    "str? layout=None, str on_invalid='skip', Tensor? k_scale=None, Tensor? v_scale=None, "
+    "str? k_format=None, str? v_format=None) -> ()",
 )
 
 
@@ -48,23 +61,72 @@ def _write(
     slot_mapping: torch.Tensor,
     layout: str | None = None,
     on_invalid: str = "skip",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
 ) -> None:
-    _paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=layout, on_invalid=on_invalid)
+    _paged_caching(
+        k_cache,
+        v_cache,
+        k,
+        v,
+        slot_mapping,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_format=k_format,
+        v_format=v_format,
+        layout=layout,
+        on_invalid=on_invalid,
+    )
 
 
-def _write_nothing(*tensors: torch.Tensor | str | None, **_: str | None) -> None:
+def _gather(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor | None,
+    layout: str | None = None,
+    on_invalid: str = "skip",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    k_format: str | None = None,
+    v_format: str | None = None,
+) -> None:
+    _paged_gather(
+        k_cache,
+        v_cache,
+        slot_mapping,
+        k_out,
+        v_out,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_format=k_format,
+        v_format=v_format,
+        layout=layout,
+        on_invalid=on_invalid,
+    )
+
+
+def _write_nothing(*arguments: Any, **named: Any) -> None:
     """Check the devices of tensors without memory. There is no result to describe."""
-    devices = {tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    every = (*arguments, *named.values())
+    devices = {tensor.device for tensor in every if isinstance(tensor, torch.Tensor)}
     if len(devices) > 1:  # such as real caches and a slot mapping on "meta"
         got = " and ".join(sorted(map(str, devices)))
-        raise BadParamError("k_cache, v_cache, k, v and slot_mapping", "must be on one device", got)
+        raise BadParamError("all tensors", "must be on one device", got)
 
 
-torch.library.impl(NAME, ("cpu", "cuda"), _write)
-torch.library.register_fake(NAME, _write_nothing)
+for _name, _function in ((WRITE, _write), (GATHER, _gather)):
+    torch.library.impl(_name, ("cpu", "cuda"), _function)
+    torch.library.register_fake(_name, _write_nothing)
 
 paged_caching = torch.ops.pagedcache.paged_caching.default
-"""``(k_cache, v_cache, k, v, slot_mapping, layout=None, on_invalid="skip")``; see `paged_caching`.
+"""See `pagedcache.paged_caching`.
 
 Runs on PyTorch's current stream. ``on_invalid="raise"`` waits for it, so it cannot be captured.
 """
+
+paged_gather = torch.ops.pagedcache.paged_gather.default
+"""See `pagedcache.paged_gather`. Streams are as for `paged_caching`."""

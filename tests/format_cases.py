@@ -114,6 +114,19 @@ class FormatCase(Case):
         homes = [name, f"{name[0]}_cache", "k_cache"]
         return next(each for each in homes if each in self.buffers)
 
+    def in_bytes(self):
+        """Return this case with 8-bit floats as bytes, for libraries that lack their dtypes."""
+        recipe, named = dict(self.recipe), dict(self.named)
+        for letter, stored in self.formats.items():
+            if stored in EIGHT_BITS:
+                _, *rest = recipe[f"{letter}_cache"]
+                recipe[f"{letter}_cache"] = ("uint8", *rest)
+                named[letter] = stored
+        case = FormatCase(
+            self.layout, self.buffers, self.views, recipe, self.formats, self.granularity, named
+        )
+        return case.on(np.copy)
+
     def arguments(self, operator="write"):
         """Return the arrays by the names that the operator has for them."""
         renamed = {"k": "k_out", "v": "v_out"} if operator == "gather" else {}

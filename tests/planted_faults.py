@@ -31,6 +31,9 @@ FOUND, HANGS, NOT_FOUND, DOES_NOT_APPLY = "found", "found (hangs)", "NOT FOUND",
 # Tests that serve for many faults, as pytest names them in the folder of the tests.
 HOST = "test_kernel_on_host.py::"
 DEFINITION = f"{HOST}test_kernel_writes_what_the_definition_says"
+FORMATS = "test_formats.py::"
+BY_DEFINITION = f"{FORMATS}test_cpu_does_what_the_definition_says"
+AS_ON_CPU = f"{FORMATS}test_the_kernel_does_what_the_cpu_does"
 SM_90 = "test_kernel_compiles.py::test_every_instance_compiles[90]"
 SLOTS = "test_invalid_slots.py"
 ARRAYS, BAD_INPUT, DEVICE = "test_arrays.py", "test_bad_input.py::test_arrays", "test_device.py"
@@ -38,9 +41,11 @@ CPU = "test_cpu.py::test_writes_what_the_definition_says"
 TORCH, REGISTRY, LAUNCH = "test_torch.py", "test_registry.py", "test_launch.py"
 
 # Files that many faults are in.
+STORING, GATHER = "cuda_src/paged_storing.cuh", "cuda_src/paged_gather.cuh"
+CONVERSIONS, CACHE = "cuda_src/formats.cuh", "pagedcache/cache"
 KERNEL, COMMON = "cuda_src/paged_caching.cuh", "cuda_src/common.cuh"
 NVIDIA = "pagedcache/operators/paged_caching/nvidia.py"
-ON_CPU = "pagedcache/operators/paged_caching/cpu.py"
+ON_CPU = "pagedcache/cache/cpu.py"
 BACKEND = "pagedcache/backend/nvidia"
 OPERATORS, ARRAY_LIBRARIES = "pagedcache/operators", "pagedcache/arrays"
 
@@ -617,9 +622,9 @@ FAULTS = (
     ),
     Fault(
         "V must have the head size of K",
-        f"{OPERATORS}/paged_caching/info.py",
-        'Rule("v_cache", (*axes[:3], "v_head_size"),',
-        'Rule("v_cache", (*axes[:3], "head_size"),',
+        "pagedcache/cache/tables.py",
+        "(*LAYOUTS[layout][:3], SIZES[letter]),",
+        '(*LAYOUTS[layout][:3], "head_size"),',
         (CPU,),
     ),
     # Layouts
@@ -758,8 +763,8 @@ FAULTS = (
     Fault(
         "the CPU writes the slot just past the end",
         ON_CPU,
-        "outside = slots >= info.num_slots",
-        "outside = slots > info.num_slots",
+        "outside = slots >= num_slots",
+        "outside = slots > num_slots",
         (CPU, SLOTS),
     ),
     Fault(
@@ -807,8 +812,8 @@ FAULTS = (
     Fault(
         "slots of 32 bits are compared as such",
         ON_CPU,
-        "(slot_size,)).astype(np.int64)",
-        "(slot_size,)).copy()",
+        "(dtype.itemsize,)).astype(np.int64)",
+        "(dtype.itemsize,)).copy()",
         ("test_bad_input.py::test_a_block_past_the_range_of_its_slots",),
     ),
     # One call
@@ -1029,9 +1034,220 @@ FAULTS = (
     Fault(
         "a NULL stream is the current one",
         f"{OPERATORS}/paged_caching/descriptor.py",
-        "k_cache, v_cache, k, v, slot_mapping, stream or 0)",
-        "k_cache, v_cache, k, v, slot_mapping, stream)",
+        "k_cache, v_cache, k, v, slot_mapping, None, None, stream or 0)",
+        "k_cache, v_cache, k, v, slot_mapping, None, None, stream)",
         (REGISTRY,),
+    ),
+    # Formats and scales
+    Fault(
+        "a scale that is computed has no smallest value on a GPU",
+        STORING,
+        "scale = larger(scale, 1e-6f);",
+        "",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "one thread in a group does not take part in the largest value",
+        STORING,
+        "step = lanes / 2; step > 0; step /= 2",
+        "step = lanes / 2; step > 1; step /= 2",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "vectors past the first of a thread are left out",
+        STORING,
+        "for (unsigned int i = lane; i < side.vectors_per_unit; i += side.lanes) {\n    if (kComp",
+        "for (unsigned int i = lane; i == lane; i += side.lanes) {\n    if (kComp",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "the scale of a head is that of the first",
+        STORING,
+        "  scales += at.head * side.scales.head_stride;\n",
+        "",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "a group's scale is where that of the first is",
+        STORING,
+        "inSlot(side.scales, 0, to, block) + unit * side.group_stride",
+        "inSlot(side.scales, 0, to, block)",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "V is converted as K is",
+        STORING,
+        "storeRows<T, Slot, FormatOf<VFormat>, kVMode, kVElements, kAhead>",
+        "storeRows<T, Slot, FormatOf<KFormat>, kKMode, kVElements, kAhead>",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "both sides of a conversion report",
+        STORING,
+        "call.v_scale, false)",
+        "call.v_scale, true)",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "a conversion does not wait for the kernel ahead",
+        STORING,
+        "  waitForKernelAhead();\n",
+        "",
+        ("test_formats_compile.py::test_every_conversion_compiles[90-pagedStoring]",),
+    ),
+    Fault(
+        "a gather does not wait for the kernel ahead",
+        GATHER,
+        "  waitForKernelAhead();\n",
+        "",
+        ("test_formats_compile.py::test_every_conversion_compiles[90-pagedGather]",),
+    ),
+    Fault(
+        "a gather takes the scale of the first group",
+        GATHER,
+        "side.per_group.divide(at.in_row)",
+        "0 * at.in_row",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "a product may be contracted with a sum",
+        CONVERSIONS,
+        'asm("mul.rn.f32 %0, %1, %2;"',
+        'asm("mul.rn.ftz.f32 %0, %1, %2;"',
+        ("test_formats_compile.py::test_every_conversion_compiles[90-pagedGather]",),
+    ),
+    Fault(
+        "8-bit floats round half up",
+        CONVERSIONS,
+        "rest += (1u << (kDropped - 1)) - 1 + (rest >> kDropped & 1u);",
+        "rest += 1u << (kDropped - 1);",
+        (f"{FORMATS}test_every_conversion_to_a_format",),
+    ),
+    Fault(
+        "halves round to even in integers",
+        CONVERSIONS,
+        "return whole + (rest >= 0.5f) - (rest <= -0.5f);",
+        "return whole + (rest > 0.5f) - (rest < -0.5f);",
+        (f"{FORMATS}test_every_conversion_to_a_format",),
+    ),
+    Fault(
+        "an 8-bit float does not saturate",
+        CONVERSIONS,
+        "  if (rest > kMost) rest = kMost;\n",
+        "",
+        (f"{FORMATS}test_every_conversion_to_a_format",),
+    ),
+    Fault(
+        "the reciprocal is not corrected",
+        CONVERSIONS,
+        "values[i] = multiplyAdd(-beyond, reciprocal, first);",
+        "values[i] = beyond == beyond ? first : beyond;",
+        (f"{FORMATS}test_quotients_are_those_of_a_division",),
+    ),
+    Fault(
+        "negative scales are divided by quickly",
+        CONVERSIONS,
+        "usual = by >= 0x1p-40f && by <= 0x1p40f;",
+        "usual = by <= 0x1p40f;",
+        (f"{FORMATS}test_unusual_scales_are_left_to_a_division",),
+    ),
+    Fault(
+        "int4 has the even dimension in the upper half",
+        f"{CACHE}/formats.py",
+        "whole[..., ::2] & 15 | (whole[..., 1::2] & 15) << 4",
+        "whole[..., 1::2] & 15 | (whole[..., ::2] & 15) << 4",
+        (BY_DEFINITION,),
+    ),
+    Fault(
+        "NaN keeps its sign",
+        f"{CACHE}/formats.py",
+        "        if nan.any():\n",
+        "        if False:\n",
+        (BY_DEFINITION,),
+    ),
+    Fault(
+        "NaN that signals are not left out of the largest value",
+        f"{CACHE}/scales.py",
+        "    sizes = np.where(np.isnan(values), np.float32(0), np.abs(values))\n",
+        "    sizes = np.abs(values)\n",
+        (BY_DEFINITION,),
+    ),
+    Fault(
+        "values are divided by a scale that is computed",
+        f"{CACHE}/cpu.py",
+        "groups * (np.float32(1) / found)[..., None]",
+        "groups / found[..., None]",
+        (BY_DEFINITION,),
+    ),
+    Fault(
+        "channels with a thread for each element share a scale",
+        f"{CACHE}/nvidia.py",
+        'side.scale.granularity == "channel" or side.scale.group % elements',
+        "side.scale.group % elements",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "rows are taken to be aligned as caches are",
+        f"{CACHE}/nvidia.py",
+        "            (side.token_stride * size, by_token),\n",
+        "",
+        (f"{FORMATS}test_elements_of_a_thread",),
+    ),
+    Fault(
+        "an address that is misaligned takes a wide access",
+        f"{CACHE}/nvidia.py",
+        "kernel = self._narrowest if narrow else self._kernel",
+        "kernel = self._kernel",
+        (f"{FORMATS}test_misaligned_addresses",),
+    ),
+    Fault(
+        "a scale may share memory with a cache",
+        f"{CACHE}/tables.py",
+        "        apart=True,\n",
+        "        apart=False,\n",
+        (f"{FORMATS}test_scales_that_share_memory",),
+    ),
+    Fault(
+        "an output may share memory with a cache",
+        f"{CACHE}/tables.py",
+        "        apart=not written,\n",
+        "",
+        (f"{FORMATS}test_outputs_that_share_memory",),
+    ),
+    Fault(
+        "a scale that is computed is not told to autograd",
+        f"{CACHE}/tables.py",
+        "written=computes and granularity in WRITTEN,",
+        "written=False,",
+        (f"{FORMATS}test_autograd_sees_scales_that_are_computed",),
+    ),
+    Fault(
+        "a scale appears where none was before",
+        f"{OPERATORS}/arguments.py",
+        "            if one is None and array is not None:\n",
+        "            if False:\n",
+        (f"{FORMATS}test_scales_at_each_call",),
+    ),
+    Fault(
+        "a matcher takes any scale where there was none",
+        f"{ARRAY_LIBRARIES}/matching.py",
+        '[f"{name} is None" for name in missing]',
+        "[]",
+        (f"{FORMATS}test_scales_at_each_call",),
+    ),
+    Fault(
+        "the one call forgets the format",
+        f"{OPERATORS}/paged_caching/one_call.py",
+        "            and k_format is known_k_format\n",
+        "",
+        (f"{FORMATS}test_formats_of_one_dtype_in_turn",),
+    ),
+    Fault(
+        "an element is explained with the scale of another",
+        f"{CACHE}/explain.py",
+        "+ dim // of.group * of.group_stride",
+        "+ dim * of.group_stride",
+        (f"{FORMATS}test_explain_an_element",),
     ),
     # Functions of other projects
     Fault(
@@ -1042,11 +1258,11 @@ FAULTS = (
         ("test_compat.py",),
     ),
     Fault(
-        "vLLM's quantised caches are written",
+        "vLLM's cells of 656 bytes have any scales",
         "pagedcache/compat/vllm.py",
-        'or kv_cache_dtype != "auto":',
-        'or kv_cache_dtype == "int8":',
-        ("test_compat.py",),
+        'k_format="float8_e4m3fn", powers=True',
+        'k_format="float8_e4m3fn", powers=False',
+        ("test_compat_formats.py",),
     ),
     Fault(
         "FlashInfer's tokens go past the pages of their sequence",
@@ -1120,10 +1336,10 @@ FAULTS = (
         (SLOTS,),
     ),
     Fault(
-        "a slot is explained by the strides of K",
-        f"{OPERATORS}/paged_caching/explain.py",
-        'getattr(info, f"{letter}_cache_slot_stride")',
-        "info.k_cache_slot_stride",
+        "a slot is explained as if slots adjoined",
+        "pagedcache/cache/explain.py",
+        "offset * side.slot_stride)",
+        "offset * side.head_size)",
         (SLOTS,),
     ),
     Fault(

@@ -709,3 +709,95 @@ def test_unusual_values_are_left_to_a_division(compiler, value):
     assert library.quotients(pointer(zeros), ctypes.c_float(3.0)) == 1
     assert np.signbit(zeros).tolist() == [False, True, True]
     assert not zeros.any()
+
+
+def test_formats_of_one_dtype_in_turn(monkeypatch):
+    """The one-call form tells them apart, although all of their arrays are alike."""
+    from pagedcache.operators.one_call import Kept
+    from pagedcache.operators.paged_caching import one_call
+
+    monkeypatch.setattr(one_call, "_kept", Kept(pc.Descriptor, one_call._create))
+    arrays = five(k_kind="uint8") | {"k_scale": ones(1), "v_scale": ones(1)}
+    arrays["k"][...] = arrays["v"][...] = 3
+    for _ in range(2):
+        for k_format in ("int8", "float8_e4m3fn", "float8_e5m2"):
+            for v_format in ("float8_e4m3fn", "int8"):
+                pc.paged_caching(**arrays, k_format=k_format, v_format=v_format, layout="NHD")
+                for name, stored in (("k_cache", k_format), ("v_cache", v_format)):
+                    assert arrays[name][0, 0, 0, 0] == code_of(stored, 3)
+
+
+def rows_for(*, size=128, v_size=128, token=1024, head=128, slot=1024, cache_head=128, kind="int8",
+             group=None, source="bfloat16"):  # fmt: skip
+    """Return what the kernel does with rows of such strides, in elements."""
+    from pagedcache.operators.paged_caching.nvidia_formats import rows_of
+
+    packed = 2 if kind == "int4" else 1
+    cache = pc.TensorDescriptor(
+        "uint8", (5, 16, 8, size // packed), (16 * slot, slot, cache_head, 1)
+    )
+    v_cache = pc.TensorDescriptor("int8", (5, 16, 8, v_size))
+    rows = pc.TensorDescriptor(source, (9, 8, size), (token, head, 1))
+    v = pc.TensorDescriptor(source, (9, 8, v_size))
+    scale = pc.TensorDescriptor("float32", (5, 16, 8, size // group) if group else (1,))
+    info = pc.PagedCachingInfo.create(
+        cache, v_cache, rows, v, pc.TensorDescriptor("int64", (9,)), scale,
+        pc.TensorDescriptor("float32", (1,)), k_format=kind, layout="NHD",
+    )  # fmt: skip
+    return rows_of(info)
+
+
+@pytest.mark.parametrize(
+    ("changes", "elements"),
+    [
+        ({}, 16), ({"token": 1028}, 4), ({"head": 132, "token": 1056}, 4), ({"slot": 1032}, 8),
+        ({"cache_head": 130, "slot": 1040}, 2), ({"size": 120, "slot": 1024}, 8),
+        ({"token": 1025}, 1), ({"size": 100}, 4), ({"group": 32}, 16), ({"group": 4}, 4),
+        ({"kind": "int4", "slot": 512, "cache_head": 64}, 16),
+        ({"kind": "int4", "slot": 513, "cache_head": 64}, 2),
+        ({"kind": "int4", "token": 1025, "slot": 512, "cache_head": 64}, 2),
+        ({"source": "float32", "token": 1026}, 2), ({"kind": "float8_e5m2", "slot": 1025}, 1),
+    ],
+)  # fmt: skip
+def test_elements_of_a_thread(changes, elements):
+    """As many as every stride allows, of K; V is whole."""
+    assert rows_for(**changes).elements() == (elements, 16)
+    assert rows_for(**changes).elements(8) == (min(elements, 8), 8)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "k", "v", "k_scale", "slot_mapping"])
+def test_misaligned_addresses(compiler, name):
+    """They take the narrowest access, or are refused if an item itself is misaligned."""
+    from pagedcache.operators.paged_caching import info
+
+    device = HostDevice(compiler)
+    shape = (5, 4, 3, 32)
+    described = {
+        "k_cache": pc.TensorDescriptor("int8", shape),
+        "v_cache": pc.TensorDescriptor("int8", shape),
+        "k": pc.TensorDescriptor("float16", (9, 3, 32)),
+        "v": pc.TensorDescriptor("float16", (9, 3, 32)),
+        "slot_mapping": pc.TensorDescriptor("int64", (9,)),
+        "k_scale": pc.TensorDescriptor("float32", (1,)),
+        "v_scale": pc.TensorDescriptor("float32", (5, 4, 3)),
+    }  # fmt: skip
+    made = pc.PagedCachingInfo.create(**described, layout="NHD")
+    descriptor = pc.Descriptor(made, made.rules.expected(described), device)
+    memory = {each: np.zeros(8192, np.uint8) for each in info.NAMES}
+    starts = {each: -array.ctypes.data % 64 for each, array in memory.items()}
+    memory["slot_mapping"][:] = 255  # -1: all of it is padding
+    addresses = [memory[each].ctypes.data + starts[each] for each in info.NAMES]
+    at = info.NAMES.index(name)
+    for moved, wide in ((0, True), (8, name in ("k_scale", "slot_mapping")), (1, None)):
+        device.launches.clear()
+        these = [address + moved * (i == at) for i, address in enumerate(addresses)]
+        arguments = dict(zip(info.NAMES, these, strict=True))
+        itemsize = described[name].dtype.itemsize
+        if moved % itemsize:
+            with pytest.raises(ValueError, match=f"{name} must start at a multiple of its item"):
+                descriptor.calculate(**arguments)
+            continue
+        descriptor.calculate(**arguments)
+        [(expression, _, _)] = device.launches
+        assert ("I8, 2, 8," in expression) is bool(wide), expression
+        assert ("I8, 2, 1," in expression) is not bool(wide)

@@ -299,3 +299,50 @@ def test_the_operator_refuses_a_leaf_too(op):
         op(*arrays)
     with torch.no_grad():
         op(*arrays)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("computed", [False, True])
+def test_formats(op, backend, computed):
+    """A write in a format and its gather, also compiled, with scales that are read or written."""
+    import pagedcache.torch
+
+    def step(cache, other, scale, rows, slots):
+        out = torch.zeros_like(rows)
+        op(cache, other, rows * 2, rows, slots, "NHD", k_scale=scale, v_scale=scale + 1)
+        pagedcache.torch.paged_gather(cache, None, slots, out, None, "NHD", k_scale=scale)
+        return out
+
+    rows = torch.randn(6, 3, 8)
+    slots = torch.tensor([5, 1, 19, 7, 0, 2])
+    cache = torch.zeros(5, 4, 3, 8, dtype=torch.int8)
+    other = torch.zeros_like(cache)
+    scale = torch.full((5, 4, 3) if computed else (1,), 0.05)
+    if backend:
+        step = torch.compile(step, fullgraph=True, backend=backend)
+    out = step(cache, other, scale, rows, slots)
+    largest = (rows * 2).abs().amax(-1, keepdim=True)
+    unit = largest / 127 if computed else torch.tensor(0.05)
+    wanted = torch.where(largest > 127 * unit, out, rows * 2)
+    assert ((out - wanted).abs() <= unit * 0.51).all()
+    flat = cache.reshape(20, 3, 8)
+    assert flat[slots].any()
+    untouched = [slot for slot in range(20) if slot not in slots]
+    assert not flat[untouched].any()
+    if computed:
+        assert torch.allclose(scale.reshape(20, 3)[slots], unit[..., 0])
+        assert (scale.reshape(20, 3)[untouched] == 0.05).all()
+
+
+def test_opcheck_in_a_format(op):
+    import pagedcache.torch
+
+    cache = torch.zeros(5, 4, 3, 8, dtype=torch.int8)
+    rows, slots, scale = torch.ones(6, 3, 8), torch.arange(6), torch.ones(5, 4, 3)
+    for operator, arguments in (
+        (op, (cache, cache.clone(), rows, rows, slots)),
+        (pagedcache.torch.paged_gather, (cache, cache.clone(), slots, rows, rows.clone())),
+    ):
+        more = {"layout": "NHD", "k_scale": scale, "v_scale": scale.clone()}
+        passed = torch.library.opcheck(operator, arguments, more)
+        assert set(passed.values()) == {"SUCCESS"}

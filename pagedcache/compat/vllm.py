@@ -78,7 +78,7 @@ def reshape_and_cache_flash(
 
     Notes
     -----
-    Every byte is the same as vLLM's: the quotient is one of float32, rounded to the nearest, ties
+    As in vLLM 0.33.0, by its source: the quotient is one of float32, rounded to the nearest, ties
     to even; what is too large, and infinity, becomes the largest value; NaN becomes 0x7F. vLLM
     0.11 reads only the first of several scales.
     """
