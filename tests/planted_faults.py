@@ -652,8 +652,8 @@ FAULTS = (
     Fault(
         "the operator of PyTorch forgets the layout",
         "pagedcache/torch.py",
-        "layout=layout, on_invalid=on_invalid)",
-        "on_invalid=on_invalid)",
+        "    _paged_caching(\n",
+        "    layout = 'HND'\n    _paged_caching(\n",
         (f"{TORCH}::test_writes", "test_layout.py"),
     ),
     # Any operation
@@ -1142,7 +1142,7 @@ FAULTS = (
         CONVERSIONS,
         "values[i] = multiplyAdd(-beyond, reciprocal, first);",
         "values[i] = beyond == beyond ? first : beyond;",
-        (f"{FORMATS}test_quotients_are_those_of_a_division",),
+        (f"{FORMATS}test_quotients_that_are_hard_to_round",),
     ),
     Fault(
         "negative scales are divided by quickly",
@@ -1177,7 +1177,7 @@ FAULTS = (
         f"{CACHE}/cpu.py",
         "groups * (np.float32(1) / found)[..., None]",
         "groups / found[..., None]",
-        (BY_DEFINITION,),
+        (f"{FORMATS}test_a_scale_that_is_computed_is_multiplied_by_its_reciprocal",),
     ),
     Fault(
         "channels with a thread for each element share a scale",
@@ -1196,8 +1196,8 @@ FAULTS = (
     Fault(
         "an address that is misaligned takes a wide access",
         f"{CACHE}/nvidia.py",
-        "kernel = self._narrowest if narrow else self._kernel",
-        "kernel = self._kernel",
+        "return self._narrowest if narrow else self._kernel",
+        "return self._kernel",
         (f"{FORMATS}test_misaligned_addresses",),
     ),
     Fault(
@@ -1420,8 +1420,8 @@ GPU_FAULTS = (
     Fault(
         "the operator of PyTorch is not there for CUDA",
         "pagedcache/torch.py",
-        'torch.library.impl(NAME, ("cpu", "cuda"), _write)',
-        'torch.library.impl(NAME, ("cpu",), _write)',
+        'torch.library.impl(_name, ("cpu", "cuda"), _function)',
+        'torch.library.impl(_name, ("cpu",), _function)',
         (f"{GPU}test_torch_compile_on_the_gpu",),
     ),
     # With two GPUs

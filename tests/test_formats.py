@@ -801,3 +801,68 @@ def test_misaligned_addresses(compiler, name):
         [(expression, _, _)] = device.launches
         assert ("I8, 2, 8," in expression) is bool(wide), expression
         assert ("I8, 2, 1," in expression) is not bool(wide)
+
+
+def hardest_divisions(count):
+    """Return numbers whose quotients are as near as possible to the middle of two float32.
+
+    The quotient of two odd integers of 24 bits, x times 2**24 over s, is half a unit off by
+    1 / (2 s) units at least; a modular inverse finds x for s.
+    """
+    rng = np.random.default_rng(1)
+    found = []
+    while len(found) < count:
+        by = int(rng.integers(1 << 22, 1 << 23)) * 2 + 1
+        for half in ((by - 1) // 2, (by + 1) // 2):
+            value = half * pow(1 << 24, -1, by) % by
+            if value >= 1 << 23:
+                found.append((value, by))
+    return np.array(found, np.float32).T.copy()
+
+
+def test_quotients_that_are_hard_to_round(compiler):
+    import ctypes
+
+    library = compiler.library("formats.cuh", (), QUOTIENTS)
+    library.differing.restype = ctypes.c_long
+    values, by = hardest_divisions(20_000)
+    exact = values.astype(np.float64) * 2**24 / by.astype(np.float64)
+    assert (np.abs(exact - np.floor(exact) - 0.5) < 1e-7).all()
+    for scale in (1.0, 2.0**-30, 2.0**20):
+        some = (values * np.float32(scale)).astype(np.float32)
+        smaller = (by * np.float32(2.0**-20)).astype(np.float32)
+        assert library.differing(pointer(some), pointer(smaller), ctypes.c_long(len(by))) == 0
+
+
+def test_a_scale_that_is_computed_is_multiplied_by_its_reciprocal(compiler):
+    """As vLLM does, where a division would round otherwise."""
+    rng = np.random.default_rng(0)
+    rows = np.zeros((400, 1, 128), np.float32)
+    rows[:, 0, 127] = rng.uniform(1, 1000, 400)
+    scale = (rows[:, :, 127:] / np.float32(127)).astype(np.float32)
+    rows[:, :, :126] = (np.arange(126, dtype=np.float32) + np.float32(0.5)) * scale
+    cache = np.zeros((400, 1, 1, 128), np.int8)
+    scales = np.zeros((400, 1, 1), np.float32)
+    arrays = {
+        "k_cache": cache,
+        "v_cache": cache.copy(),
+        "k": rows,
+        "v": rows,
+        "slot_mapping": np.arange(400),
+        "k_scale": scales,
+        "v_scale": scales.copy(),
+    }
+    products = rows * (np.float32(1) / scale)
+    both = (products, rows / scale)
+    wanted, divided = (np.floor(each.astype(np.float64) + 0.5) for each in both)
+    assert (wanted != divided).any()  # so the two can be told apart
+    described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in arrays.items()}
+    info = pc.PagedCachingInfo.create(**described, layout="NHD")
+    for descriptor in (
+        pc.Descriptor.create(**arrays, layout="NHD"),
+        pc.Descriptor(info, info.rules.expected(described), HostDevice(compiler)),
+    ):
+        cache[...] = 0
+        descriptor.calculate(**arrays)
+        assert np.array_equal(scales, scale[..., 0, None])
+        assert np.array_equal(cache[:, 0], wanted)

@@ -158,7 +158,8 @@ class RowsImplementation(Implementation):
     Attributes
     ----------
     names : tuple of str
-        Of the operator's arguments: caches, rows by token, scales and the slot mapping.
+        Of the operator's arguments: the caches, the rows by token and the slot mapping in some
+        order, and the scales.
     """
 
     checks_alignment = True
@@ -184,6 +185,10 @@ class RowsImplementation(Implementation):
             alignment(side.format.bits, elements)
             for side, elements in zip(rows.sides, widest, strict=True)
         ) - 1  # fmt: skip
+        slots = rows.slot_dtype.itemsize - 1
+        self._masks = tuple(
+            slots if name == "slot_mapping" else self._row_mask for name in self.names[2:5]
+        )
         self._item_sizes = tuple(map(self._item_size, self.names))
         self._token_steps = tuple(map(self._token_step, self.names))
         self._report_to(report)
@@ -231,35 +236,33 @@ class RowsImplementation(Implementation):
         grid = self._kernel.grid(tokens)
         return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
 
-    def queue(
+    def run(
         self,
         tokens: int,
-        addresses: tuple[int, ...],
-        caches: int,
-        rows: int,
-        others: int,
+        k_cache: int,
+        v_cache: int,
+        first: int,
+        second: int,
+        third: int,
+        k_scale: int,
+        v_scale: int,
         stream: int,
     ) -> None:
-        """Queue a launch.
+        """Queue a launch for this many tokens.
 
-        Parameters
-        ----------
-        tokens : int
-        addresses : tuple of int
-            Of the arguments `names`.
-        caches, rows : int
-            The bits that are set in the addresses of any cache, and of any rows by token.
-        others : int
-            Not 0 if scales or slots are misaligned.
-        stream : int
+        `first`, `second` and `third` are the rows by token and the slots, in the order of `names`.
         """
         plan = self._plans.get(tokens)
-        if plan is None or caches & self._cache_mask or rows & self._row_mask or others:
-            for name, address, size in zip(self.names, addresses, self._item_sizes, strict=True):
-                if size:
-                    check_address(name, address, size)
-            narrow = caches & self._cache_mask or rows & self._row_mask
-            kernel = self._narrowest if narrow else self._kernel
+        if (
+            plan is None
+            or (k_cache | v_cache) & self._cache_mask
+            or first & self._masks[0]
+            or second & self._masks[1]
+            or third & self._masks[2]
+            or (k_scale | v_scale) & 3
+        ):
+            addresses = (k_cache, v_cache, first, second, third, k_scale, v_scale)
+            kernel = self._kernel_for(addresses)
             if tokens > kernel.most_tokens:
                 self._queue_in_parts(kernel, tokens, addresses, stream)
                 return
@@ -270,11 +273,21 @@ class RowsImplementation(Implementation):
             launch = launches.pop()
         except IndexError:
             launch = prepare()
-        launch.pack(*addresses, tokens)
+        launch.pack(k_cache, v_cache, first, second, third, k_scale, v_scale, tokens)
         launch.run(blocks, stream)
         launches.append(launch)
         if stream not in self._streams:
             self._report.note(stream)
+
+    def _kernel_for(self, addresses: tuple[int, ...]) -> _Kernel:
+        """Return the kernel with the widest access that these addresses allow."""
+        narrow = (addresses[0] | addresses[1]) & self._cache_mask
+        for name, address, size in zip(self.names, addresses, self._item_sizes, strict=True):
+            if size:
+                check_address(name, address, size)
+            if size and not name.endswith(("_cache", "_scale", "_mapping")):
+                narrow |= address & self._row_mask
+        return self._narrowest if narrow else self._kernel
 
     def _plan(self, kernel: _Kernel, tokens: int) -> Plan:
         grid = kernel.grid(tokens)

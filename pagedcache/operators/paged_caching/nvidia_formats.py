@@ -26,29 +26,6 @@ class PagedStoring(RowsImplementation):
 
     def __init__(self, info: PagedCachingInfo, device: CudaDevice, report: DeviceReport) -> None:
         super().__init__(rows_of(info), device, report)
-        self._slot_mask = info.slot_dtype.itemsize - 1
-
-    def run(
-        self,
-        tokens: int,
-        k_cache: int,
-        v_cache: int,
-        k: int,
-        v: int,
-        slots: int,
-        k_scale: int,
-        v_scale: int,
-        stream: int,
-    ) -> None:
-        """Queue the write of this many tokens."""
-        self.queue(
-            tokens,
-            (k_cache, v_cache, k, v, slots, k_scale, v_scale),
-            k_cache | v_cache,
-            k | v,
-            (k_scale | v_scale) & 3 or slots & self._slot_mask,
-            stream,
-        )
 
 
 def rows_of(info: PagedCachingInfo) -> Rows:

@@ -38,26 +38,3 @@ class PagedGather(RowsImplementation):
             device,
             report,
         )
-        self._slot_mask = info.slot_dtype.itemsize - 1
-
-    def run(
-        self,
-        tokens: int,
-        k_cache: int,
-        v_cache: int,
-        slots: int,
-        k_out: int,
-        v_out: int,
-        k_scale: int,
-        v_scale: int,
-        stream: int,
-    ) -> None:
-        """Queue the gather of this many tokens."""
-        self.queue(
-            tokens,
-            (k_cache, v_cache, slots, k_out, v_out, k_scale, v_scale),
-            k_cache | v_cache,
-            k_out | v_out,
-            (k_scale | v_scale) & 3 or slots & self._slot_mask,
-            stream,
-        )
