@@ -252,23 +252,23 @@ FAULTS = (
     ),
     Fault(
         "a bound write of many tokens makes one launch",
-        NVIDIA,
+        f"{BACKEND}/plans.py",
         "        if rows > kernel.most_tokens:\n",
         "        if False:\n",
         (f"{HOST}test_bound_writes",),
     ),
     Fault(
         "the last tile has no threads",
-        NVIDIA,
-        "-(-(-(-tokens // self._tile) * self._per_tile) // self.threads)",
-        "-(-(tokens // self._tile * self._per_tile) // self.threads)",
+        f"{BACKEND}/plans.py",
+        "-(-(-(-rows // self._tile) * self._per_tile) // self.threads)",
+        "-(-(rows // self._tile * self._per_tile) // self.threads)",
         (DEFINITION, f"{HOST}test_tiles"),
     ),
     Fault(
         "the last block of threads is missing",
-        NVIDIA,
-        "-(-(-(-tokens // self._tile) * self._per_tile) // self.threads)",
-        "max(-(-tokens // self._tile) * self._per_tile // self.threads, 1)",
+        f"{BACKEND}/plans.py",
+        "-(-(-(-rows // self._tile) * self._per_tile) // self.threads)",
+        "max(-(-rows // self._tile) * self._per_tile // self.threads, 1)",
         (DEFINITION,),
     ),
     Fault(
@@ -301,7 +301,7 @@ FAULTS = (
     ),
     Fault(
         "a narrow launch is kept for addresses that are aligned",
-        NVIDIA,
+        f"{BACKEND}/plans.py",
         "        if kernel is self._widest:\n",
         "        if True:\n",
         (f"{HOST}test_addresses_that_need_a_narrower_access_after_others",),
@@ -322,7 +322,7 @@ FAULTS = (
     ),
     Fault(
         "an implementation with another report keeps the launches of the first",
-        NVIDIA,
+        f"{BACKEND}/plans.py",
         "        other._report_to(report)\n",
         "        other._report, other._streams = report, report.streams\n",
         (SLOTS,),
@@ -1196,8 +1196,8 @@ FAULTS = (
     Fault(
         "an address that is misaligned takes a wide access",
         f"{CACHE}/nvidia.py",
-        "return self._narrowest if narrow else self._kernel",
-        "return self._kernel",
+        "return self._narrowest if narrow else self._widest",
+        "return self._widest",
         (f"{FORMATS}test_misaligned_addresses",),
     ),
     Fault(

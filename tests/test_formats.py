@@ -16,11 +16,12 @@ from host_device import HostDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import same
+from test_kernel_on_host import sanitized
 
 import pagedcache as pc
 from pagedcache.cache.formats import FORMATS
 
-EXAMPLES = 1000 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") else 250
+EXAMPLES = 150 if "sanitize" in os.environ.get("PAGEDCACHE_HOST_FLAGS", "") else 250
 OPERATORS = {
     "write": (pc.Descriptor, pc.PagedCachingInfo),
     "gather": (pc.GatherDescriptor, pc.PagedGatherInfo),
@@ -866,3 +867,15 @@ def test_a_scale_that_is_computed_is_multiplied_by_its_reciprocal(compiler):
         descriptor.calculate(**arrays)
         assert np.array_equal(scales, scale[..., 0, None])
         assert np.array_equal(cache[:, 0], wanted)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+def test_the_kernels_under_sanitizers():
+    """Those whose threads meet in shuffles, and those that read scales."""
+    name = "test_formats.py::test_the_kernel_does_what_the_cpu_does[{}-{}]"
+    kernels = ("int8-int4-group-group", "float8_e5m2-int8-channel-token_head")
+    tests = [name.format(kernels[0], operator) for operator in OPERATORS]
+    tests.append(name.format(kernels[1], "write"))
+    done = sanitized(*tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout

@@ -39,7 +39,7 @@ def test_does_what_the_cpu_does(cupy, operator):
         there = case.on(cupy.asarray)
         with on_cpu(operator, there) as descriptor:
             if as_if_large:
-                descriptor._implementation._kernel._steps.clear()
+                descriptor._implementation._widest._steps.clear()
             descriptor.calculate(**there.arguments(operator))
             assert descriptor._report.take() == format_cases.invalid_slots(case)
         with on_cpu(operator, case) as descriptor:

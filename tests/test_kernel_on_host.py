@@ -231,8 +231,8 @@ def test_a_row_that_is_not_counted_yet_stays(compiler):
     assert report.take() is None
 
 
-def sanitized(test):
-    """Run a test of this file in a process of its own, the kernel built with sanitizers."""
+def sanitized(*tests):
+    """Run tests of this folder in a process of their own, the kernel built with sanitizers."""
     runtime = subprocess.run(
         [shutil.which("g++"), "-print-file-name=libasan.so"], capture_output=True, text=True,
         check=True,
@@ -241,7 +241,8 @@ def sanitized(test):
         pytest.skip("this g++ has no AddressSanitizer")
     flags = "-g -fsanitize=address,undefined -fno-sanitize-recover=all"
     # -s, since what pytest captured dies with the process.
-    alone = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", f"{__file__}::{test}"]
+    alone = ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    alone += [str(Path(__file__).with_name(test)) for test in tests]
     return subprocess.run(
         [sys.executable, *alone],
         env={
@@ -257,13 +258,13 @@ def sanitized(test):
 
 
 def test_the_kernel_under_sanitizers():
-    done = sanitized("test_kernel_writes_what_the_definition_says")
+    done = sanitized("test_kernel_on_host.py::test_kernel_writes_what_the_definition_says")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 
 
 def test_sanitizers_would_notice():
-    done = sanitized("test_out_of_bounds_on_purpose")
+    done = sanitized("test_kernel_on_host.py::test_out_of_bounds_on_purpose")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stdout + done.stderr
 

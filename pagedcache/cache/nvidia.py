@@ -8,18 +8,17 @@ host.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
-from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.backend.nvidia.plans import Grid, Planned
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -46,13 +45,9 @@ LARGE = (256, False, 16)  # the same three for any larger call
 SCALES = {4096: 2, 1024: 1, 512: 0.5}
 # Tokens in a tile, and bytes of a row that a warp accesses well by itself.
 TILE, WHOLE_ROW = 4, 256
-MOST_PLANS = 4096
 
 Elements = tuple[int, ...]
 """How many neighbouring elements of K and of V a thread takes."""
-
-Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
-"""Launches that are ready, a function that prepares one more, and blocks per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +147,7 @@ def alignment(bits: int, elements: int) -> int:
     return min(bits * elements // 8, 16)
 
 
-class RowsImplementation(Implementation):
+class RowsImplementation(Planned):
     """A kernel on rows, compiled.
 
     Attributes
@@ -162,7 +157,6 @@ class RowsImplementation(Implementation):
         order, and the scales.
     """
 
-    checks_alignment = True
     names: ClassVar[tuple[str, ...]]
 
     def __init__(self, rows: Rows, device: CudaDevice, report: DeviceReport) -> None:
@@ -178,7 +172,7 @@ class RowsImplementation(Implementation):
         possible = list(dict.fromkeys(wanted))
         instances = tuple(rows.instance(elements, ahead=ahead) for elements, ahead in possible)
         functions = dict(zip(possible, device.compile(rows.file, instances), strict=True))
-        self._kernel = _Kernel(rows, MOST_ELEMENTS, functions, device)
+        self._widest = _Kernel(rows, MOST_ELEMENTS, functions, device)
         self._narrowest = _Kernel(rows, 1, functions, device)
         self._row_mask = max(map(rows.alignment, widest)) - 1
         self._cache_mask = max(
@@ -218,23 +212,6 @@ class RowsImplementation(Implementation):
         if side is None or name.endswith(("_cache", "_scale")):
             return 0
         return side.token_stride * self._rows.dtype.itemsize
-
-    def _report_to(self, report: DeviceReport) -> None:
-        self._report, self._streams = report, report.streams
-        self._launches: dict[_Grid, list[Launch]] = {}  # that are ready
-        self._plans: dict[int, Plan] = {}  # by number of tokens
-
-    def reporting_to(self, report: DeviceReport) -> RowsImplementation:
-        """Return a copy that uses another report."""
-        other = copy.copy(self)
-        other._report_to(report)
-        return other
-
-    def launch_config(self, rows: int) -> LaunchConfig:
-        """Return the launch for this many tokens if addresses allow the widest access."""
-        tokens = min(rows, self._kernel.most_tokens)
-        grid = self._kernel.grid(tokens)
-        return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
 
     def run(
         self,
@@ -287,18 +264,11 @@ class RowsImplementation(Implementation):
                 check_address(name, address, size)
             if size and not name.endswith(("_cache", "_scale", "_mapping")):
                 narrow |= address & self._row_mask
-        return self._narrowest if narrow else self._kernel
+        return self._narrowest if narrow else self._widest
 
-    def _plan(self, kernel: _Kernel, tokens: int) -> Plan:
-        grid = kernel.grid(tokens)
-        launches = self._launches.setdefault(grid, [])
-        prepare = functools.partial(grid.prepare, self._report.address)
-        plan = launches, prepare, grid.blocks(tokens)
-        if kernel is self._kernel:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[tokens] = plan
-        return plan
+    @staticmethod
+    def _pack(launch: Launch, rows: int, addresses: tuple[int, ...]) -> None:
+        launch.pack(*addresses, rows)
 
     def _queue_in_parts(
         self, kernel: _Kernel, tokens: int, addresses: tuple[int, ...], stream: int
@@ -343,12 +313,12 @@ class _Kernel:
             raise NotSupportedError("k_cache", "must have fewer elements of K or V in a token")
         tile = tile_of(rows) if most >= TILE else 1
 
-        def grid(threads: int, ahead: bool, most: int, tile: int) -> _Grid:
+        def grid(threads: int, ahead: bool, most: int, tile: int) -> Grid:
             threads, elements = int(threads * scale), elements_of(most)
             function = functions.get((elements, ahead)) or functions[elements, False]
             prepare = functools.partial(device.prepare, function, len(rows.sides), threads)
             parameters = _parameters(rows, elements, tile)
-            return _Grid(len(rows.sides), threads, tile, in_token(most) * tile, prepare, parameters)
+            return Grid(len(rows.sides), threads, tile, in_token(most) * tile, prepare, parameters)
 
         self._steps = [
             (
@@ -359,40 +329,12 @@ class _Kernel:
         ]
         self._large = grid(*LARGE, tile)
 
-    def grid(self, tokens: int) -> _Grid:
+    def grid(self, tokens: int) -> Grid:
         """Return the grid for a call of this many tokens."""
         for most, grid in self._steps:
             if tokens <= most:
                 return grid
         return self._large
-
-
-class _Grid:
-    """How the vectors of a call are distributed to threads."""
-
-    def __init__(
-        self,
-        rows: int,
-        threads: int,
-        tile: int,
-        per_tile: int,
-        prepare: Callable[[ctypes.Structure], Launch],
-        parameters: ctypes.Structure,
-    ) -> None:
-        self.rows = rows  # of blocks: one for K, one for V
-        self.threads = threads
-        self._tile, self._per_tile = tile, per_tile
-        self._prepare, self._parameters = prepare, parameters
-
-    def prepare(self, report: int, first_token: int = 0) -> Launch:
-        """Return a launch that reports to an address, and numbers tokens from `first_token` on."""
-        parameters: Any = type(self._parameters).from_buffer_copy(self._parameters)
-        parameters.report, parameters.first_token = report, first_token
-        return self._prepare(parameters)
-
-    def blocks(self, tokens: int) -> int:
-        """Return how many blocks per row hold a thread for each vector of all tiles."""
-        return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
 
 
 def _threads(rows: Rows, side: Side, elements: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@
 - `context`: a GPU as the current device: streams, waiting, copying, errors
 - `source`, `parameters`: CUDA source, and the structs that it declares
 - `launch`: one launch
+- `plans`: launches that are planned once for each number of rows
 - `report`: what kernels report, and how the host takes it
 - `device`: limits, compiling, and all of the above as one object
 """

@@ -7,24 +7,24 @@ device, so a test can bring one that runs the kernel on the host.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
-from pagedcache.backend.protocol import Implementation, LaunchConfig
+from pagedcache.backend.nvidia.plans import Grid, Planned
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
     from pagedcache.backend.nvidia.device import CudaDevice, Limits
     from pagedcache.backend.nvidia.launch import Launch
     from pagedcache.backend.nvidia.report import DeviceReport
+    from pagedcache.backend.protocol import Implementation
     from pagedcache.operators.paged_caching.info import PagedCachingInfo
 
 FILE = "paged_caching.cuh"
@@ -45,10 +45,6 @@ SCALES = {4096: 2, 1024: 1, 512: 0.5}
 FEW_HEADS = 24
 # Tokens in a tile, and bytes of a row that a warp writes well by itself. Measured on an H200.
 TILE, WHOLE_ROW = 4, 256
-MOST_PLANS = 4096
-
-Plan = tuple[list["Launch"], Callable[[], "Launch"], int]
-"""Launches that are ready, a function that prepares one more, and blocks per row."""
 
 
 def instance(dtype: str, slot_dtype: str, width: int, ahead: bool) -> str:
@@ -70,10 +66,8 @@ def implementation(
     return PagedStoring(info, device, report)
 
 
-class PagedCaching(Implementation):
+class PagedCaching(Planned):
     """A compiled copy."""
-
-    checks_alignment = True
 
     def __init__(self, info: PagedCachingInfo, device: CudaDevice, report: DeviceReport) -> None:
         if info.num_slots > MOST:
@@ -95,23 +89,6 @@ class PagedCaching(Implementation):
         self._mask, self._slot_mask = widest - 1, self._slot_size - 1
         self._report_to(report)
 
-    def _report_to(self, report: DeviceReport) -> None:
-        self._report, self._streams = report, report.streams
-        self._launches: dict[_Grid, list[Launch]] = {}  # that are ready
-        self._plans: dict[int, Plan] = {}  # by number of tokens
-
-    def reporting_to(self, report: DeviceReport) -> PagedCaching:
-        """Return a copy that uses another report."""
-        other = copy.copy(self)
-        other._report_to(report)
-        return other
-
-    def launch_config(self, rows: int) -> LaunchConfig:
-        """Return the launch for this many tokens if addresses allow the widest access."""
-        tokens = min(rows, self._widest.most_tokens)
-        grid = self._widest.grid(tokens)
-        return LaunchConfig((max(grid.blocks(tokens), 1), grid.rows, 1), (grid.threads, 1, 1))
-
     def run(
         self,
         tokens: int,
@@ -128,7 +105,7 @@ class PagedCaching(Implementation):
         plan = self._plans.get(tokens)
         misaligned = (k_cache | v_cache | k | v) & self._mask or slots & self._slot_mask
         if plan is None or misaligned:
-            kernel = self._kernel(k_cache, v_cache, k, v, slots)
+            kernel = self._kernel_for((k_cache, v_cache, k, v, slots))
             if tokens > kernel.most_tokens:
                 self._run_in_parts(kernel, tokens, k_cache, v_cache, k, v, slots, stream)
                 return
@@ -145,48 +122,14 @@ class PagedCaching(Implementation):
         if stream not in self._streams:
             self._report.note(stream)
 
-    def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
-        """Return a function of a stream that queues the same write each time."""
-        kernel = self._kernel(*addresses[:5])
-        if rows > kernel.most_tokens:
-            return functools.partial(self.run, rows, *addresses)
-        _, prepare, blocks = self._plan(kernel, rows)
-        streams, note = self._streams, self._report.note
+    @staticmethod
+    def _pack(launch: Launch, rows: int, addresses: tuple[int, ...]) -> None:
+        k_cache, v_cache, k, v, slots, *_ = addresses
+        launch.pack(k, v, slots, rows, k_cache, v_cache)
 
-        def packed() -> Launch:
-            k_cache, v_cache, k, v, slots, *_ = addresses
-            launch = prepare()
-            launch.pack(k, v, slots, rows, k_cache, v_cache)
-            return launch
-
-        launches = [packed()]
-
-        def queue(stream: int) -> None:
-            try:
-                launch = launches.pop()
-            except IndexError:
-                launch = packed()
-            launch.run(blocks, stream)
-            launches.append(launch)
-            if stream not in streams:
-                note(stream)
-
-        return queue
-
-    def _plan(self, kernel: _Kernel, tokens: int) -> Plan:
-        grid = kernel.grid(tokens)
-        launches = self._launches.setdefault(grid, [])
-        prepare = functools.partial(grid.prepare, self._report.address)
-        plan = launches, prepare, grid.blocks(tokens)
-        if kernel is self._widest:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[tokens] = plan
-        return plan
-
-    def _kernel(self, *addresses: int) -> _Kernel:
+    def _kernel_for(self, addresses: tuple[int, ...]) -> _Kernel:
         """Return the kernel with the widest access that these addresses allow."""
-        *rows, slots = addresses
+        *rows, slots = addresses[:5]
         for name, address in zip(("k_cache", "v_cache", "k", "v"), rows, strict=True):
             check_address(name, address, min(self._kernels))
         check_address("slot_mapping", slots, self._slot_size)
@@ -243,12 +186,12 @@ class _Kernel:
         self.k_token_stride = info.k_token_stride * size
         self.v_token_stride = info.v_token_stride * size
 
-        def grid(threads: int, ahead: bool, tile: int, rows: int = 1) -> _Grid:
+        def grid(threads: int, ahead: bool, tile: int, rows: int = 1) -> Grid:
             threads = int(threads * scale)
             function = functions.get((width, ahead), functions[width, False])
             prepare = functools.partial(device.prepare, function, rows, threads)
             parameters = _parameters(info, width, tile)
-            return _Grid(rows, threads, tile, per_token * tile, prepare, parameters)
+            return Grid(rows, threads, tile, per_token * tile, prepare, parameters)
 
         tile = tile_of(info) if most >= TILE else 1
         on_each = limits.multiprocessors * scale / per_token
@@ -260,40 +203,12 @@ class _Kernel:
         apart = width == 16 and k_per_row == v_per_row and info.num_kv_heads <= FEW_HEADS
         self._large = grid(*LARGE, tile, rows=2 if apart else 1)
 
-    def grid(self, tokens: int) -> _Grid:
+    def grid(self, tokens: int) -> Grid:
         """Return the grid for a write of this many tokens."""
         for most, grid in self._steps:
             if tokens <= most:
                 return grid
         return self._large
-
-
-class _Grid:
-    """How the vectors of a write are distributed to threads."""
-
-    def __init__(
-        self,
-        rows: int,
-        threads: int,
-        tile: int,
-        per_tile: int,
-        prepare: Callable[[ctypes.Structure], Launch],
-        parameters: ctypes.Structure,
-    ) -> None:
-        self.rows = rows  # of blocks: one for K and V, or one for each
-        self.threads = threads
-        self._tile, self._per_tile = tile, per_tile
-        self._prepare, self._parameters = prepare, parameters
-
-    def prepare(self, report: int, first_token: int = 0) -> Launch:
-        """Return a launch that reports to an address, and numbers tokens from `first_token` on."""
-        parameters: Any = type(self._parameters).from_buffer_copy(self._parameters)
-        parameters.report, parameters.first_token = report, first_token
-        return self._prepare(parameters)
-
-    def blocks(self, tokens: int) -> int:
-        """Return how many blocks per row hold a thread for each vector of all tiles."""
-        return -(-(-(-tokens // self._tile) * self._per_tile) // self.threads)
 
 
 def _parameters(info: PagedCachingInfo, width: int, tile: int) -> ctypes.Structure:
