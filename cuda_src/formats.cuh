@@ -7,6 +7,14 @@
 
 #include "common.cuh"
 
+// Compute capability 8.9 has these instructions, but NVRTC knows that since CUDA 12.1.
+#if defined(__CUDA_ARCH__) && !defined(PAGEDCACHE_SOFTWARE)
+#if __CUDA_ARCH__ >= 900 || \
+    (__CUDA_ARCH__ == 890 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201)
+#define PAGEDCACHE_FLOAT8_INSTRUCTIONS
+#endif
+#endif
+
 namespace pagedcache {
 
 // Arithmetic that is rounded once, to nearest, and keeps subnormal numbers, whatever options the
@@ -188,7 +196,7 @@ __device__ __forceinline__ unsigned int roundedFloat(float value) {
 }
 
 // Two codes of 8 bits, which these instructions turn into two float16, as float32.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(PAGEDCACHE_SOFTWARE)
+#if defined(PAGEDCACHE_FLOAT8_INSTRUCTIONS)
 #define PAGEDCACHE_TWO_VALUES(instruction)                                            \
   unsigned int both;                                                                  \
   asm(instruction " %0, %1;" : "=r"(both) : "h"(static_cast<unsigned short>(codes))); \
@@ -207,7 +215,7 @@ struct E4M3 {
   static constexpr int kBits = 8;
   static constexpr float kMost = 448.0f;
   __device__ __forceinline__ static unsigned int two(float first, float second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(PAGEDCACHE_SOFTWARE)
+#if defined(PAGEDCACHE_FLOAT8_INSTRUCTIONS)
     unsigned short codes;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
     return codes;
@@ -233,7 +241,7 @@ struct E5M2 {
   static constexpr int kBits = 8;
   static constexpr float kMost = 57344.0f;
   __device__ __forceinline__ static unsigned int two(float first, float second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890 && !defined(PAGEDCACHE_SOFTWARE)
+#if defined(PAGEDCACHE_FLOAT8_INSTRUCTIONS)
     unsigned short codes;
     asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
     return codes;
@@ -399,18 +407,21 @@ constexpr int kPackedBytes = Format::kBits * kElements / 8;
 // With kApart, each of two elements has an access of its own.
 template <typename Format, int kElements, bool kApart>
 __device__ __forceinline__ Packed<kPackedBytes<Format, kElements>> loadElements(const char* at) {
-  if constexpr (!kApart || kElements == 1) return loadPacked<kPackedBytes<Format, kElements>>(at);
-  constexpr int kOne = Format::kBits / 8;
-  const unsigned int first = loadPacked<kOne>(at).words[0];
-  const unsigned int second = loadPacked<kOne>(at + kOne).words[0];
-  Packed<kPackedBytes<Format, kElements>> both;
-  if constexpr (kOne == 4) {
-    both.words[0] = first;
-    both.words[1] = second;
+  if constexpr (!kApart || kElements == 1) {
+    return loadPacked<kPackedBytes<Format, kElements>>(at);
   } else {
-    both.words[0] = first | second << 8 * kOne;
+    constexpr int kOne = Format::kBits / 8;
+    const unsigned int first = loadPacked<kOne>(at).words[0];
+    const unsigned int second = loadPacked<kOne>(at + kOne).words[0];
+    Packed<kPackedBytes<Format, kElements>> both;
+    if constexpr (kOne == 4) {
+      both.words[0] = first;
+      both.words[1] = second;
+    } else {
+      both.words[0] = first | second << 8 * kOne;
+    }
+    return both;
   }
-  return both;
 }
 
 template <typename Format, int kElements, bool kApart>
@@ -420,8 +431,12 @@ __device__ __forceinline__ void storeElements(
     storePacked<kPackedBytes<Format, kElements>>(at, packed);
   } else {
     constexpr int kOne = Format::kBits / 8;
-    const unsigned int second =
-        kOne == 4 ? packed.words[kOne / 4] : packed.words[0] >> 8 * kOne % 32;
+    unsigned int second;
+    if constexpr (kOne == 4) {
+      second = packed.words[1];
+    } else {
+      second = packed.words[0] >> 8 * kOne;
+    }
     storePacked<kOne>(at, Packed<kOne>{{packed.words[0]}});
     storePacked<kOne>(at + kOne, Packed<kOne>{{second}});
   }

@@ -7,20 +7,9 @@
 // thread moves at a time, decides the code.
 
 #include "common.cuh"
+#include "strides.cuh"
 
 namespace pagedcache {
-
-// Strides are in bytes.
-struct SourceRows {
-  long long token_stride;
-  long long head_stride;
-};
-
-struct CacheRows {
-  long long slot_stride;
-  long long block_step;  // block stride - block size * slot stride: what blocks add to slots
-  long long head_stride;
-};
 
 // What changes from call to call. The host packs these words in this order.
 struct PagedCachingCall {
@@ -41,8 +30,8 @@ struct PagedCachingParameters {
   unsigned int tile_shift;  // a tile is 2^tile_shift tokens
   unsigned int k_vectors;   // in a row
   unsigned int v_vectors;
-  SourceRows k_source;
-  SourceRows v_source;
+  TokenRows k_source;
+  TokenRows v_source;
 
   Divisor block_size;
   unsigned long long num_slots;  // at most 2^31
@@ -52,13 +41,6 @@ struct PagedCachingParameters {
   Report* report;
   long long first_token;  // the number of this launch's first token in the call
 };
-
-// The most threads in a block that the host asks for. The launch bounds below say that 2048 threads
-// must fit on a multiprocessor, with 32 registers each. They have no effect where fewer fit: 1536
-// on compute capability 8.6, 8.9 and 12.0, 1024 on 7.5.
-constexpr int kMostThreads = 512;
-
-constexpr unsigned int kLine = 128;  // bytes of one prefetch
 
 // Grid: a thread for each vector of a row. It copies that vector of K and the one of V at the same
 // place, so both share one lookup of the slot. Threads go along the rows of one head of a tile's
@@ -74,6 +56,9 @@ constexpr unsigned int kLine = 128;  // bytes of one prefetch
 // several are on the device at once and prefetch what they will load. The next one may then run
 // before the kernel ahead of this one is done, so what it does before its own wait must not depend
 // on any kernel.
+//
+// The launch bounds say that 2048 threads must fit on a multiprocessor, with 32 registers each.
+// They have no effect where fewer fit: 1536 on compute capability 8.6, 8.9 and 12.0, 1024 on 7.5.
 template <typename T, typename Slot, int kWidth, bool kAhead>
 __global__ void __launch_bounds__(kMostThreads, 2048 / kMostThreads)
     pagedCaching(const __grid_constant__ PagedCachingParameters p) {

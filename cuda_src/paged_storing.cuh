@@ -40,7 +40,8 @@ __device__ __forceinline__ float largestOf(float value, unsigned int lanes) {
   return value;
 }
 
-// Divides, for scales and elements with which it cannot be done quickly. Takes few registers.
+// The slow path: one division for each element, for scales and values that Quotients rejects. It
+// loads and stores them one by one, which takes few registers.
 template <typename Source, typename Format, int kElements>
 __device__ __forceinline__ void storeOneByOne(const char* from, char* cache, float scale) {
   constexpr int kOne = Format::kBits == 4 && kElements > 1 ? 2 : 1;

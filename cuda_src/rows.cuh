@@ -5,20 +5,9 @@
 #pragma once
 
 #include "formats.cuh"
+#include "strides.cuh"
 
 namespace pagedcache {
-
-// Strides are in bytes.
-struct TokenRows {
-  long long token_stride;
-  long long head_stride;
-};
-
-struct CacheRows {
-  long long slot_stride;
-  long long block_step;  // block stride - block size * slot stride: what blocks add to slots
-  long long head_stride;
-};
 
 // What K and V each have.
 struct RowsSide {
@@ -53,11 +42,6 @@ constexpr int kScaled = 2;          // ... with a scale for each vector
 constexpr int kScaledElements = 3;  // ... with a scale for each element
 constexpr int kComputed = 4;        // ... with a scale for each unit, which is computed
 constexpr int kComputedPower = 5;   // ... and is a power of two
-
-constexpr unsigned int kLine = 128;  // bytes of one prefetch
-
-// The most threads in a block that the host asks for.
-constexpr int kMostThreads = 512;
 
 // The place of a thread.
 struct Place {

@@ -186,11 +186,20 @@ def infiniopCreatePagedCachingDescriptor(
     v_desc: TensorDescriptor | None,
     slot_mapping_desc: TensorDescriptor | None,
 ) -> Descriptor:
-    """Check the tensors, select the backend of the handle's device, and compile."""
+    """Check the tensors, select the backend of the handle's device, and compile.
+
+    The caches have the dtype of K and V: there are no other formats in C.
+    """
+    k_cache = _required("k_cache_desc", k_cache_desc, TensorDescriptor)
+    v_cache = _required("v_cache_desc", v_cache_desc, TensorDescriptor)
+    rows = _required("k_desc", k_desc, TensorDescriptor)
+    for name, cache in (("k_cache_desc", k_cache), ("v_cache_desc", v_cache)):
+        if cache.dtype != rows.dtype:
+            raise BadTensorDtypeError(name, f"must be {rows.dtype} like k_desc", cache.dtype)
     return Descriptor.create(
-        _required("k_cache_desc", k_cache_desc, TensorDescriptor),
-        _required("v_cache_desc", v_cache_desc, TensorDescriptor),
-        _required("k_desc", k_desc, TensorDescriptor),
+        k_cache,
+        v_cache,
+        rows,
         _required("v_desc", v_desc, TensorDescriptor),
         _required("slot_mapping_desc", slot_mapping_desc, TensorDescriptor),
         layout="HND",

@@ -12,7 +12,9 @@ on_invalid="skip", k_scale=None, v_scale=None, k_format=None, v_format=None)`` a
 options, take PyTorch tensors only; see `pagedcache.paged_caching` and `pagedcache.paged_gather` for
 what they must be. They run on PyTorch's current stream. In code that a compiler functionalizes, as
 all backends but ``"eager"`` do, an error of ``on_invalid="raise"`` leaves what would be written as
-it was, and a write counts as one to its scales, also if they are only read.
+it was, and a write counts as one to its scales, also if they are only read. In code that inductor
+compiles, take scales inside pages from a view of the whole buffer, ``pages.view(torch.float32)[...,
+i]``, not from a slice that is viewed (PyTorch 2.13 makes wrong tensors of those).
 
 Examples
 --------
@@ -66,6 +68,7 @@ def _write(
     k_format: str | None = None,
     v_format: str | None = None,
 ) -> None:
+    _check_storage(k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale)
     _paged_caching(
         k_cache,
         v_cache,
@@ -94,6 +97,7 @@ def _gather(
     k_format: str | None = None,
     v_format: str | None = None,
 ) -> None:
+    _check_storage(k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale)
     _paged_gather(
         k_cache,
         v_cache,
@@ -107,6 +111,25 @@ def _gather(
         layout=layout,
         on_invalid=on_invalid,
     )
+
+
+def _check_storage(*tensors: torch.Tensor | None) -> None:
+    """Raise for a tensor that reaches past its memory.
+
+    Some versions of PyTorch's inductor hand such ones to an operator that writes a view of another
+    dtype, if the code took a slice before the view.
+    """
+    for tensor in tensors:
+        if tensor is None or not tensor.numel():
+            continue
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((length - 1) * step for length, step in steps)
+        if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            rule = (
+                "must not reach past its memory; if the compiler made it so, view the whole buffer "
+                "in the other dtype first, and slice that"
+            )
+            raise BadParamError("a tensor", rule, f"shape {tuple(tensor.shape)}")
 
 
 def _write_nothing(*arguments: Any, **named: Any) -> None:

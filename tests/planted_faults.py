@@ -253,7 +253,7 @@ FAULTS = (
     Fault(
         "a bound write of many tokens makes one launch",
         f"{BACKEND}/plans.py",
-        "        if rows > kernel.most_tokens:\n",
+        "        if rows > kernel.most_rows:\n",
         "        if False:\n",
         (f"{HOST}test_bound_writes",),
     ),
@@ -301,9 +301,9 @@ FAULTS = (
     ),
     Fault(
         "a narrow launch is kept for addresses that are aligned",
-        f"{BACKEND}/plans.py",
-        "        if kernel is self._widest:\n",
-        "        if True:\n",
+        NVIDIA,
+        "self._plans if kernel is self._widest else None",
+        "self._plans",
         (f"{HOST}test_addresses_that_need_a_narrower_access_after_others",),
     ),
     Fault(
@@ -580,7 +580,7 @@ FAULTS = (
     Fault(
         "caches that share memory are known to share none",
         f"{OPERATORS}/arguments.py",
-        "            if other_at - at not in known:\n",
+        "            if rows > known.get(other_at - at, 0):\n",
         "            known.add(other_at - at)\n            if other_at - at not in known:\n",
         ("test_debug.py",),
     ),
@@ -1196,7 +1196,7 @@ FAULTS = (
     Fault(
         "an address that is misaligned takes a wide access",
         f"{CACHE}/nvidia.py",
-        "return self._narrowest if narrow else self._widest",
+        "return next(each for each in self._kernels if each.allows(named))",
         "return self._widest",
         (f"{FORMATS}test_misaligned_addresses",),
     ),

@@ -597,7 +597,7 @@ def test_a_block_past_the_range_of_its_slots():
     k, where = np.ones(2, np.float16), np.array([0, 5], np.int32)
     with pc.Descriptor.create(cache, cache, row, row, slots, handle=pc.Handle("cpu")) as descriptor:
         # Far apart, as caches of that size would be, but only their first bytes are there.
-        descriptor._arguments.apart[0, 1] = {v_cache.ctypes.data - k_cache.ctypes.data}
+        descriptor._arguments.apart[0, 1] = {v_cache.ctypes.data - k_cache.ctypes.data: 1 << 62}
         descriptor._write_at(*(array.ctypes.data for array in (k_cache, v_cache, k, k, where)))
     assert k_cache.tolist() == v_cache.tolist() == [1, 0, 0, 0, 0, 1]
 

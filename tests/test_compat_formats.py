@@ -654,7 +654,7 @@ WRONG = [
     (
         lambda: flash(kv_cache_dtype="fp8_e5m2", key_cache=CACHE.view(E4M3)),
         ValueError,
-        "k_format must be that of k_cache, which is of float8_e4m3fn",
+        "k_format must match the dtype of k_cache, float8_e4m3fn",
     ),
     (
         lambda: flash(kv_cache_dtype="int8_per_token_head"),
@@ -681,7 +681,11 @@ WRONG = [
         TypeError,
         "key_cache must be int8, float8_e4m3fn or uint8, got float16",
     ),
-    (lambda: quant(kv_quant_mode="fp8_per_token_head"), ValueError, "k_format must be that of"),
+    (
+        lambda: quant(kv_quant_mode="fp8_per_token_head"),
+        ValueError,
+        "k_format must match the dtype of",
+    ),
     (
         lambda: quant(kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD),
         NotImplementedError,
@@ -787,7 +791,11 @@ WRONG = [
     ),
     (lambda: sglang(v_cache=pages(9, 2, 8)), ValueError, "because v_cache is of bytes"),
     (lambda: sglang(kv_cache_dtype="fp4"), ValueError, "kv_cache_dtype must be 'auto', 'fp8_e4m"),
-    (lambda: sglang(kv_cache_dtype="fp8_e5m2"), ValueError, "k_format must be that of k_cache"),
+    (
+        lambda: sglang(kv_cache_dtype="fp8_e5m2"),
+        ValueError,
+        "k_format must match the dtype of k_cache",
+    ),
     (
         lambda: sglang(k=ROWS.astype(E4M3), v=ROWS.astype(E4M3), k_scale=ONE),
         ValueError,

@@ -306,7 +306,7 @@ BAD = {
     "a scale of another shape": (
         {**BOTH, "k_scale": ones(2)}, {}, ValueError,
         (r"k_scale must have one element, the shape \[num_kv_heads\] or \[num_kv_heads, head_size\]"
-            r", or, to be computed by the write, \[num_blocks, block_size, num_kv_heads\] or .*got"
+            r", or, for scales that a write computes, \[num_blocks, block_size, num_kv_heads\] or"
         ),
     ),
     "a scale of the other layout": (
@@ -337,10 +337,10 @@ BAD = {
     ),
     "another format than the dtype": (
         BOTH, {"k_format": "float8_e4m3fn"}, ValueError,
-        "k_format must be that of k_cache, which is of int8, got 'float8_e4m3fn'",
+        "k_format must match the dtype of k_cache, int8, got 'float8_e4m3fn'",
     ),
     "int4 in signed bytes": (
-        BOTH, {"k_format": "int4"}, ValueError, "k_format must be that of k_cache, which is of int8"
+        BOTH, {"k_format": "int4"}, ValueError, "k_format must match the dtype of k_cache, int8"
     ),
     "an odd head size in int4": (
         {**BOTH, "k": np.ones((6, 3, 7), "bfloat16"), "k_cache": np.zeros((5, 4, 3, 4), "uint8")},
@@ -412,10 +412,10 @@ def test_scales_at_each_call():
         assert "int8, scales: token_head, computed by a write<" in page
     plain = five(k_kind="bfloat16")
     with pc.Descriptor.create(**plain, layout="NHD") as descriptor:
-        with pytest.raises(TypeError, match="k_scale must have the value None, as when"):
+        with pytest.raises(TypeError, match="k_scale must be None, as when"):
             descriptor.calculate(**plain, k_scale=ones(1))
         descriptor.calculate(**plain)
-        with pytest.raises(TypeError, match="k_scale must have the value None, as when"):
+        with pytest.raises(TypeError, match="k_scale must be None, as when"):
             descriptor.calculate(**plain, k_scale=ones(1))
 
 
@@ -597,8 +597,7 @@ def test_explain_an_element():
     assert descriptor.explain(-1, **caches).elements == ()
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_dtypes_of_other_libraries(library):
+def test_dtypes_of_other_libraries():
     """Caches of 8-bit floats are known by their dtype, at any number of tokens."""
     torch = pytest.importorskip("torch")
     shape = (5, 4, 3, 8)
@@ -613,12 +612,11 @@ def test_dtypes_of_other_libraries(library):
         pc.paged_gather(cache, None, slots, out, None, k_scale=scale, layout="NHD")
         wanted = (k[:count].float() / 0.5).to(torch.float8_e4m3fn).float() * 0.5
         assert torch.equal(out[:count], wanted.to(torch.bfloat16))
-    if library == "numpy":
-        mine = cache.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        again = torch.zeros(20, 3, 8).numpy()
-        pc.paged_gather(mine, None, slots.numpy(), again, None, layout="NHD",
-                        k_scale=scale.numpy())  # fmt: skip
-        assert np.array_equal(again[:1], wanted.numpy())
+    mine = cache.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    again = torch.zeros(20, 3, 8).numpy()
+    pc.paged_gather(mine, None, slots.numpy(), again, None, layout="NHD",
+                    k_scale=scale.numpy())  # fmt: skip
+    assert np.array_equal(again[:1], wanted.numpy())
 
 
 def test_autograd_sees_scales_that_are_computed():
@@ -644,11 +642,12 @@ extern "C" int quotients(float* values, float by) {
   for (int i = 0; i < 3; ++i) values[i] = three[i];
   return right;
 }
-extern "C" long differing(const float* values, const float* by, long count) {
+extern "C" long differing(const float* values, const float* by, long count, long* accepted) {
   long found = 0;
   for (long i = 0; i < count; ++i) {
     float one[1] = {values[i]};
     const bool right = pagedcache::Quotients(by[i]).of(one);
+    *accepted += right;
     // Those that become 0 in any format may differ in what is too small to matter.
     const unsigned int mine = pagedcache::asBits(one[0]);
     const unsigned int wanted = pagedcache::asBits(values[i] / by[i]);
@@ -685,7 +684,10 @@ def test_quotients_are_those_of_a_division(compiler):
     near = (by * rng.choice(boundaries("float8_e4m3fn"), count)).astype(np.float32)
     for some in (values, near, np.nextafter(near, np.float32(np.inf))):
         some = np.where(np.isfinite(some), some, 1).astype(np.float32)
-        assert library.differing(pointer(some), pointer(by), ctypes.c_long(count)) == 0
+        accepted = np.zeros(1, np.int64)
+        assert library.differing(pointer(some), pointer(by), ctypes.c_long(count),
+                                 pointer(accepted)) == 0  # fmt: skip
+        assert accepted[0] > 0.9 * count
 
 
 @pytest.mark.parametrize("by", [0.0, -0.0, -1.0, np.inf, np.nan, 1e-45, 2.0**-41, 2.0**41, 3e38])
@@ -789,19 +791,22 @@ def test_misaligned_addresses(compiler, name):
     memory["slot_mapping"][:] = 255  # -1: all of it is padding
     addresses = [memory[each].ctypes.data + starts[each] for each in info.NAMES]
     at = info.NAMES.index(name)
-    for moved, wide in ((0, True), (8, name in ("k_scale", "slot_mapping")), (1, None)):
+    # Bytes that the address is moved by, and elements that a thread then takes.
+    for moved, count in ((0, 8), (8, 4), (4, 4), (2, 1), (1, 1), (0, 8), (2, 1)):
         device.launches.clear()
         these = [address + moved * (i == at) for i, address in enumerate(addresses)]
         arguments = dict(zip(info.NAMES, these, strict=True))
-        itemsize = described[name].dtype.itemsize
-        if moved % itemsize:
+        if moved % described[name].dtype.itemsize:
             with pytest.raises(ValueError, match=f"{name} must start at a multiple of its item"):
                 descriptor.calculate(**arguments)
             continue
+        if name in ("k_scale", "slot_mapping"):
+            count = 8
+        elif name in ("k", "v") and moved == 4:
+            count = 1
         descriptor.calculate(**arguments)
         [(expression, _, _)] = device.launches
-        assert ("I8, 2, 8," in expression) is bool(wide), expression
-        assert ("I8, 2, 1," in expression) is not bool(wide)
+        assert f"I8, 2, {count}," in expression, (moved, expression)
 
 
 def hardest_divisions(count):
@@ -832,7 +837,10 @@ def test_quotients_that_are_hard_to_round(compiler):
     for scale in (1.0, 2.0**-30, 2.0**20):
         some = (values * np.float32(scale)).astype(np.float32)
         smaller = (by * np.float32(2.0**-20)).astype(np.float32)
-        assert library.differing(pointer(some), pointer(smaller), ctypes.c_long(len(by))) == 0
+        accepted = np.zeros(1, np.int64)
+        assert library.differing(pointer(some), pointer(smaller), ctypes.c_long(len(by)),
+                                 pointer(accepted)) == 0  # fmt: skip
+        assert accepted[0] == len(by)
 
 
 def test_a_scale_that_is_computed_is_multiplied_by_its_reciprocal(compiler):
@@ -879,3 +887,129 @@ def test_the_kernels_under_sanitizers():
     done = sanitized(*tests)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
+
+
+def test_one_tensor_for_two_arguments_is_matched():
+    """PyTorch's guards refuse one that they are given twice."""
+    torch = pytest.importorskip("torch")
+    cache, other = torch.zeros(5, 4, 3, 8, dtype=torch.int8), torch.zeros(5, 4, 3, 8)
+    other = other.to(torch.int8)
+    rows, scale, slots = torch.ones(6, 3, 8), torch.ones(1), torch.arange(6)
+    more = {"k_scale": scale, "v_scale": scale}
+    with pc.Descriptor.create(cache, other, rows, rows, slots, **more, layout="NHD") as descriptor:
+        descriptor.calculate(cache, other, rows, rows, slots, **more)
+        matcher = descriptor.latest
+        for _ in range(3):
+            descriptor.calculate(cache, other, rows, rows, slots, **more)
+            assert descriptor.latest is matcher
+        arrays = (cache, other, rows, rows, slots)
+        assert matcher(*arrays, scale, scale, None)
+        assert not matcher(*arrays, scale, scale.clone(), None)
+        assert not matcher(cache, other, rows, rows.clone(), slots, scale, scale, None)
+
+
+def test_outputs_that_are_interleaved_are_matched():
+    both = np.zeros((20, 2, 3, 8), np.float32)
+    cache = np.ones((5, 4, 3, 8), np.float32)
+    arrays = (cache, cache, np.arange(6), both[:, 0], both[:, 1])
+    with pc.GatherDescriptor.create(*arrays, layout="NHD") as gather:
+        gather.calculate(*arrays)
+        assert gather.latest(*arrays, None, None, None)
+        more = (cache, cache, np.arange(9), both[:, 0], both[:, 1])
+        assert not gather.latest(*more, None, None, None)  # more rows than were compared
+        gather.calculate(*more)
+        assert gather.latest(*more, None, None, None)
+        assert gather.latest(*arrays, None, None, None)
+    assert (both[:9] == 1).all()
+    assert not both[9:].any()
+    out = np.zeros((12, 3, 8), np.float32)
+    apart = (cache, cache, np.arange(6), out[:10], out[6:])
+    pc.GatherDescriptor.create(*apart, layout="NHD").calculate(*apart)
+
+
+def test_debug_of_a_gather_from_a_cache_that_is_not_full():
+    arrays = {**five(), "k_scale": np.full((5, 4, 3), np.nan, np.float32), "v_scale": ones(1)}
+    pc.paged_caching(**arrays, layout="NHD")
+    given = {name: arrays[name] for name in ("k_cache", "v_cache", "k_scale", "v_scale")}
+    given |= {"slot_mapping": arrays["slot_mapping"], "k_out": arrays["k"], "v_out": arrays["v"]}
+    with pc.GatherDescriptor.create(**given, layout="NHD", debug=True) as gather:
+        gather.calculate(**given)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_8_bit_floats_by_dlpack(name):
+    torch = pytest.importorskip("torch")
+
+    class Exporter:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    tensor = torch.zeros(5, 4, 3, 8, dtype=getattr(torch, name))
+    try:
+        Exporter(tensor).__dlpack__()
+    except Exception as error:
+        pytest.skip(f"this PyTorch does not export it: {error}")
+    arrays = five(k_kind="bfloat16")
+    arrays |= {"k_cache": Exporter(tensor), "v_cache": tensor.clone()}
+    pc.paged_caching(**arrays, layout="NHD")
+    assert (tensor.float().reshape(20, 3, 8)[:6] == 1).all()
+
+
+def test_explain_checks_addresses():
+    torch = pytest.importorskip("torch")
+    arrays = five(source="float32")
+    arrays = {name: torch.from_numpy(array).clone() for name, array in arrays.items()}
+    scale = torch.ones(1)
+    descriptor = pc.Descriptor.create(**arrays, k_scale=scale, v_scale=scale, layout="NHD")
+    arrays["k_cache"].untyped_storage().resize_(0)
+    with pytest.raises(pc.PagedCacheError, match="k_cache must not be a null pointer"):
+        descriptor.explain(1, k_cache=arrays["k_cache"], k_scale=scale)
+
+
+def test_c_has_no_formats():
+    from pagedcache import infiniop
+
+    handle = pc.Handle("cpu")
+    for kind in ("float8_e4m3fn", "int8", "uint8", "float32"):
+        cache, rows = pc.TensorDescriptor(kind, (5, 3, 4, 8)), pc.TensorDescriptor("f2", (6, 3, 8))
+        status, descriptor = infiniop.infiniopCreatePagedCachingDescriptor(
+            handle, cache, cache, rows, rows, pc.TensorDescriptor("i8", (6,))
+        )
+        assert (status, descriptor) == (pc.Status.BAD_TENSOR_DTYPE, None)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_powers_of_two(compiler, source):
+    """Scales of vLLM's 656-byte cell: the least power of two that is large enough, and exact."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 1, 256)) * np.exp2(rng.integers(-30, 30, (300, 1, 1)))
+    rows[:9] = 0
+    rows[9:40, 0, 128] = 448 * np.exp2(rng.integers(-13, 8, 31))  # powers of two already
+    rows[9:40, 0, 129:] = 0
+    with np.errstate(over="ignore"):
+        rows = rows.astype(source)
+    cache = np.zeros((300, 1, 1, 256), ml_dtypes.float8_e4m3fn)
+    scale = np.zeros((300, 1, 1, 2), np.float32)
+    arrays = {
+        "k_cache": cache, "v_cache": cache.copy(), "k": rows, "v": rows,
+        "slot_mapping": np.arange(300), "k_scale": scale, "v_scale": scale.copy(),
+    }  # fmt: skip
+    described = {name: pc.TensorDescriptor(a.dtype, a.shape) for name, a in arrays.items()}
+    info = pc.PagedCachingInfo.create(**described, layout="NHD", powers=True)
+    wide = rows.astype(np.float64).reshape(300, 2, 128)
+    wide = np.where(np.isfinite(wide), wide, np.inf)
+    least = np.maximum(np.abs(wide).max(-1) / 448, np.float64(np.float32(1e-4)))
+    with np.errstate(all="ignore"):
+        wanted = np.exp2(np.ceil(np.log2(least)))
+        codes = codes_of("float8_e4m3fn", (wide / wanted[..., None]).astype(np.float32))
+    for device in (pc.Handle("cpu").opened(), HostDevice(compiler)):
+        scale[...] = 0
+        pc.Descriptor(info, info.rules.expected(described), device).calculate(**arrays)
+        assert np.array_equal(scale[:, 0, 0], wanted.astype(np.float32))
+        assert np.array_equal(cache.view(np.uint8).reshape(300, 2, 128), codes)

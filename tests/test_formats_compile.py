@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from format_cases import EIGHT_BITS, FORMATS, LOWEST, SOURCES
+from format_cases import EIGHT_BITS, FORMATS, SOURCES
 
 pytest.importorskip("cupy")
 
-from test_kernel_compiles import ARCHITECTURES, compile_for
+from test_kernel_compiles import ARCHITECTURES, compile_for, nvrtc
 
 from pagedcache.backend.nvidia import source
 from pagedcache.cache import nvidia
@@ -59,6 +59,8 @@ def instances(operator, turn):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_conversion_compiles(architecture, operator):
     file = {"pagedStoring": "paged_storing.cuh", "pagedGather": "paged_gather.cuh"}[operator]
+    if architecture not in nvrtc.getSupportedArchs():
+        pytest.skip(f"NVRTC {nvrtc.getVersion()} does not make code for sm_{architecture}")
     expressions = instances(operator, ARCHITECTURES.index(architecture))
     assert len(expressions) >= 39
     names, _, ptx, log = compile_for(architecture, source.read(file), expressions)
@@ -78,7 +80,7 @@ def test_every_conversion_compiles(architecture, operator):
         hardware = "cvt.rn.satfinite" in body
         wants = operator == "pagedStoring" and re.search(r"E4M3|E5M2", expression) is not None
         assert hardware is (wants and architecture >= 89), expression
-        # One wait in each of K and V, with nothing read or written ahead of it.
+        # One wait in each of K and V, with nothing read or written ahead of the first of them.
         assert body.count("griddepcontrol.wait") == 2 * (architecture >= 90)
         if architecture >= 90:
             assert not re.search(
@@ -107,6 +109,6 @@ def test_all_that_a_side_can_be_is_compiled():
         for stored in FORMATS:
             for mode in modes(stored, "float16", operator):
                 for elements in (1, 2, 4, 8, 16):
-                    if elements > 1 or stored not in LOWEST or stored == "int8":
+                    if elements > 1 or stored != "int4":
                         side = operator, nvidia.TYPE_NAMES[stored], str(mode), str(elements)
                         assert side in seen

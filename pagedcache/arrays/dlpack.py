@@ -68,6 +68,7 @@ _HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _READ_ONLY, _IS_COPIED = 1, 2  # flags
 _KINDS = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_FLOAT8 = {10: "float8_e4m3fn", 12: "float8_e5m2"}
 
 capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 capsule_pointer.restype = ctypes.c_void_p
@@ -96,11 +97,12 @@ def parse(subject: str, capsule: Any) -> Tensor:
         got = f"DLPack device {tensor.device_type}:{tensor.device_id}"
         raise BadParamError(subject, rule, got)
     bits, kind = tensor.dtype_bits, _KINDS.get(tensor.dtype_code)
-    if kind is None or tensor.dtype_lanes != 1:
+    float8 = _FLOAT8.get(tensor.dtype_code) if bits == 8 else None
+    if (kind is None and float8 is None) or tensor.dtype_lanes != 1:
         rule = "must have a dtype that NumPy or ml_dtypes has"
         got = f"DLPack type {tensor.dtype_code} of {bits} bits x {tensor.dtype_lanes}"
         raise BadTensorDtypeError(subject, rule, got)
-    dtype = as_dtype(subject, kind if kind == "bool" else f"{kind}{bits}")
+    dtype = as_dtype(subject, float8 or (kind if kind == "bool" else f"{kind}{bits}"))
     shape = tuple(tensor.shape[: tensor.ndim])
     steps = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else row_major(shape)
     return Tensor(

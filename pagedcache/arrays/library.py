@@ -95,7 +95,8 @@ def reading(subject: str, array: Any) -> Iterator[None]:
     except PagedCacheError:
         raise
     except Exception as error:
-        rule = f"must have memory that can be read without a copy ({error})"
+        reason = str(error).strip().partition("\n")[0]  # NumPy adds a guide to its own versions
+        rule = f"must have memory that can be read without a copy ({reason})"
         raise BadParamTypeError(subject, rule, type_name(array)) from error
 
 

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 Matcher = Callable[..., bool]
 """Takes arrays and a stream. Makes the call if the arrays match, and returns whether they did."""
 
-Apart = dict[tuple[int, int], set[int]]
-"""For pairs of arrays that are written, distances in bytes at which they share no memory.
+Apart = dict[tuple[int, int], dict[int, int]]
+"""For pairs of arrays, distances in bytes, and up to how many rows they share no memory there.
 
-Whether they do depends on the distance alone, unless the number of rows does.
+Whether they do depends on nothing else.
 """
 
 
@@ -60,7 +60,7 @@ class Arguments(Protocol):
 
     @property
     def apart(self) -> Apart:
-        """Distances at which they share none, besides those that are as long as an array."""
+        """Distances shorter than an array at which they are known to share none."""
 
 
 def make_matcher(
@@ -128,7 +128,7 @@ def make_matcher(
     present = [one for _, one in arguments.present]
     lines += _address_checks(present, check_alignment=check_alignment)
     for i, one, j, other in arguments.apart_pairs:
-        known = arguments.apart.setdefault((i, j), set())
+        known = arguments.apart.setdefault((i, j), {})
         lines += _overlap_check(one, other, known, constants)
     addresses = tuple(f"_at_{name}" if name in address else "0" for name in names)
     factory = _factory(names, addresses, tuple(constants), (*lines, *statements))
@@ -147,7 +147,7 @@ def _address_checks(expected: Sequence[Expected], *, check_alignment: bool) -> l
 
 
 def _overlap_check(
-    one: Expected, other: Expected, apart: set[int], constants: dict[str, Any]
+    one: Expected, other: Expected, apart: dict[int, int], constants: dict[str, Any]
 ) -> list[str]:
     """Return lines that refuse two arrays that may share memory."""
     sizes = []
@@ -162,10 +162,9 @@ def _overlap_check(
         constants[f"_size_of_{each.name}"] = span(shape, each.strides, each.dtype.itemsize)
         sizes.append(f"({size})")
     lines = [f"_distance = _at_{other.name} - _at_{one.name}"]
+    constants[f"_apart_{one.name}_{other.name}"] = apart
     condition = f"-{sizes[1]} < _distance < {sizes[0]}"
-    if not (one.free or other.free):
-        constants[f"_apart_{one.name}_{other.name}"] = apart
-        condition += f" and _distance not in _apart_{one.name}_{other.name}"
+    condition += f" and _count > _apart_{one.name}_{other.name}.get(_distance, 0)"
     return [*lines, f"if {condition}:", "    return False"]
 
 

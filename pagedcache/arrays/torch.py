@@ -102,6 +102,24 @@ class Torch(Library):
         constants: dict[str, Any],
     ) -> list[str]:
         """Return expressions that are true of tensors that match what is expected."""
+        # `check` below refuses a tensor that it is given twice, such as one scale for K and V.
+        first: dict[int, str] = {}
+        for one, array in zip(expected, arrays, strict=True):
+            first.setdefault(id(array), one.name)
+        pairs = list(zip(expected, arrays, strict=True))
+        again = [(one.name, first[id(array)]) for one, array in pairs]
+        twice = [f"{name} is {other}" for name, other in again if name != other]
+        once = [(one, array) for one, array in pairs if first[id(array)] == one.name]
+        expected, arrays = [one for one, _ in once], [array for _, array in once]
+        return twice + self._conditions(expected, arrays, counted_by, constants)
+
+    def _conditions(
+        self,
+        expected: Sequence[Expected],
+        arrays: Sequence[Any],
+        counted_by: str,
+        constants: dict[str, Any],
+    ) -> list[str]:
         names = [one.name for one in expected]
         # `check` below ends the process if it meets a nested tensor (seen with PyTorch 2.13).
         nested = " or ".join(f"{name}.is_nested" for name in names)

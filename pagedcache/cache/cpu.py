@@ -39,6 +39,14 @@ def read_slots(
     return slots, valid, Invalid(int(outside.sum()), token, int(slots[token]))
 
 
+def rows_of(
+    side: Side, dtype: Dtype, num_blocks: int, block_size: int, num_kv_heads: int
+) -> CopiedRows | ConvertedRows:
+    """Return how K or V is written and read; see `ConvertedRows`."""
+    kind = CopiedRows if side.copies(dtype) else ConvertedRows
+    return kind(side, dtype, num_blocks, block_size, num_kv_heads)
+
+
 class CopiedRows:
     """K or V, if the cache holds the bits of the rows by token. See `ConvertedRows`."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from pagedcache.cache.formats import FORMATS
 from pagedcache.display import as_html, as_text
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class StoredElement:
     value: float
 
     def __str__(self) -> str:
-        bits = {"int4": 4, "float16": 16, "bfloat16": 16, "float32": 32}.get(self.format, 8)
+        bits = FORMATS[self.format].bits
         scaled = "" if self.scale is None else f", scale {self.scale:.8g}"
         return f"{self.format} code 0x{self.code:0{bits // 4}x}{scaled}, value {self.value:.8g}"
 

@@ -29,8 +29,8 @@ class Format:
     dtype : numpy.dtype
         Of an array whose elements are stored this way.
     most : float
-        The largest magnitude that every sign has: what the largest element of a row becomes if its
-        scale is computed.
+        The largest magnitude that it has with either sign: what the largest element of a row
+        becomes if its scale is computed.
     packed : int
         Elements of K or V in one element of an array.
     """
@@ -64,8 +64,8 @@ class Format:
         """Return what is stored for values.
 
         Rounds to the nearest, ties to even for floats and away from zero for integers. 8-bit
-        floats and integers saturate, float16 and bfloat16 overflow to infinity. A NaN becomes 0 as
-        an integer; else all of its bits are ones, but the sign.
+        floats and integers saturate, float16 and bfloat16 overflow to infinity. NaN becomes 0 in an
+        integer; in a float, its sign is clear and all other bits are set.
 
         Parameters
         ----------
@@ -173,6 +173,6 @@ def resolve_format(
         raise BadParamError(argument, rule, shown(named))
     found = FORMATS[str.__str__(named)]
     if cache not in ((found.dtype, U8) if found.dtype.itemsize == 1 else (found.dtype,)):
-        rule = f"must be that of {name}, which is of {cache}"
+        rule = f"must match the dtype of {name}, {cache}"
         raise BadParamError(argument, rule, shown(named))
     return found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
-from pagedcache.backend.nvidia.plans import Grid, Planned
+from pagedcache.backend.nvidia.plans import Grid, Plan, Planned
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -35,14 +35,16 @@ TYPE_NAMES = {
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
 COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER = range(6)  # as in rows.cuh
 MOST_ELEMENTS = 16
+NARROWER = (4, 1)  # elements, for addresses that do not allow what strides do
 MOST_LANES = 32
 # For calls with up to this many threads per multiprocessor: threads per block, whether the kernel
-# lets the next one start at once, and the most elements that a thread takes.
+# lets the next one start at once, and the most elements that a thread takes. Taken over from the
+# copy; not measured.
 STEPS = ((200, 64, True, 8), (2048, 128, False, 8))
 LARGE = (256, False, 16)  # the same three for any larger call
 # Factor on the numbers of threads, by class of device. Every CUDA GPU so far is of class 1024; the
 # others are guesses.
-SCALES = {4096: 2, 1024: 1, 512: 0.5}
+THREAD_FACTORS = {4096: 2, 1024: 1, 512: 0.5}
 # Tokens in a tile, and bytes of a row that a warp accesses well by itself.
 TILE, WHOLE_ROW = 4, 256
 
@@ -89,7 +91,7 @@ class Rows:
 
     def mode(self, side: Side, elements: int) -> int:
         """Return what the kernel does with each row, if a thread takes so many elements."""
-        if side.format.dtype == self.dtype:
+        if side.copies(self.dtype):
             return COPIED
         if side.scale is None:
             return CONVERTED
@@ -113,17 +115,21 @@ class Rows:
         These must be whole rows, or whole groups if their scale is computed, and at addresses that
         a vector of this size may have.
         """
-        counts = [each for each in (16, 8, 4, 2, 1) if each <= most]
-        return tuple(
-            next((each for each in counts if self._allows(side, each)), side.format.packed)
-            for side in self.sides
-        )
+        return tuple(self._elements(side, most) for side in self.sides)
+
+    def _elements(self, side: Side, most: int) -> int:
+        counts = [each for each in (16, 8, 4, 2, 1) if each <= most and self._allows(side, each)]
+        # A scale for each vector, not for each element, unless vectors would be very short.
+        whole = [n for n in counts if side.scale is None or side.scale.group % n == 0]
+        if whole and whole[0] >= min(4, counts[0]):
+            return whole[0]
+        return counts[0] if counts else side.format.packed
 
     def _allows(self, side: Side, elements: int) -> bool:
         if elements % side.format.packed:
             return False
         size, width = self.dtype.itemsize, side.format.dtype.itemsize
-        by_token, by_slot = self.alignment(elements), alignment(side.format.bits, elements)
+        by_token, by_slot = self.alignment(side, elements), alignment(side.format.bits, elements)
         steps = [
             (side.token_stride * size, by_token),
             (side.head_stride * size, by_token),
@@ -137,8 +143,10 @@ class Rows:
             steps.append((side.scale.group, elements))
         return all(step % multiple == 0 for step, multiple in steps)
 
-    def alignment(self, elements: int) -> int:
+    def alignment(self, side: Side, elements: int) -> int:
         """Return what addresses of so many elements by token must be multiples of, in bytes."""
+        if elements == side.format.packed > 1:  # each has an access of its own
+            elements = 1
         return alignment(self.dtype.itemsize * 8, elements)
 
 
@@ -164,25 +172,17 @@ class RowsImplementation(Planned):
             rule = f"must have at most {MOST} slots on a GPU"
             raise NotSupportedError("k_cache", rule, rows.num_slots)
         self._rows = rows
-        widest, narrowest = rows.elements(), tuple(side.format.packed for side in rows.sides)
-        wanted = [(rows.elements(elements), ahead) for *_, ahead, elements in (*STEPS, LARGE)]
-        # Addresses are known only at each call; those that the strides do not vouch for get the
-        # narrowest instance.
-        wanted.append((narrowest, False))
+        # Addresses are known only at each call, and allow what the strides allow, four elements (as
+        # in vLLM's pages, where 4 bytes of a scale are between K and V), or the least.
+        wanted = [(rows.elements(most), ahead) for *_, ahead, most in (*STEPS, LARGE)]
+        wanted += [(rows.elements(most), False) for most in NARROWER]
         possible = list(dict.fromkeys(wanted))
         instances = tuple(rows.instance(elements, ahead=ahead) for elements, ahead in possible)
         functions = dict(zip(possible, device.compile(rows.file, instances), strict=True))
-        self._widest = _Kernel(rows, MOST_ELEMENTS, functions, device)
-        self._narrowest = _Kernel(rows, 1, functions, device)
-        self._row_mask = max(map(rows.alignment, widest)) - 1
-        self._cache_mask = max(
-            alignment(side.format.bits, elements)
-            for side, elements in zip(rows.sides, widest, strict=True)
-        ) - 1  # fmt: skip
-        slots = rows.slot_dtype.itemsize - 1
-        self._masks = tuple(
-            slots if name == "slot_mapping" else self._row_mask for name in self.names[2:5]
-        )
+        self._kernels = [
+            _Kernel(rows, most, functions, device) for most in (MOST_ELEMENTS, *NARROWER)
+        ]
+        self._widest = self._kernels[0]
         self._item_sizes = tuple(map(self._item_size, self.names))
         self._token_steps = tuple(map(self._token_step, self.names))
         self._report_to(report)
@@ -229,21 +229,23 @@ class RowsImplementation(Planned):
 
         `first`, `second` and `third` are the rows by token and the slots, in the order of `names`.
         """
-        plan = self._plans.get(tokens)
-        if (
-            plan is None
-            or (k_cache | v_cache) & self._cache_mask
-            or first & self._masks[0]
-            or second & self._masks[1]
-            or third & self._masks[2]
-            or (k_scale | v_scale) & 3
-        ):
+        bits = (
+            k_cache & 15
+            | (v_cache & 15) << 4
+            | (first & 15) << 8
+            | (second & 15) << 12
+            | (third & 15) << 16
+            | ((k_scale | v_scale) & 3) << 20
+        )
+        plans = self._plans.get(bits)
+        plan = None if plans is None else plans.get(tokens)
+        if plan is None:
             addresses = (k_cache, v_cache, first, second, third, k_scale, v_scale)
             kernel = self._kernel_for(addresses)
-            if tokens > kernel.most_tokens:
+            if tokens > kernel.most_rows:
                 self._queue_in_parts(kernel, tokens, addresses, stream)
                 return
-            plan = self._plan(kernel, tokens)
+            plan = self._plan(kernel, tokens, self._plans.setdefault(bits, {}))
         launches, prepare, blocks = plan
         # pop and append of a list are atomic, so no two threads get the same launch.
         try:
@@ -256,15 +258,18 @@ class RowsImplementation(Planned):
         if stream not in self._streams:
             self._report.note(stream)
 
+    def _report_to(self, report: DeviceReport) -> None:
+        super()._report_to(report)
+        # By the bits that decide which kernel can be used, then by number of tokens.
+        self._plans: dict[int, dict[int, Plan]] = {}
+
     def _kernel_for(self, addresses: tuple[int, ...]) -> _Kernel:
         """Return the kernel with the widest access that these addresses allow."""
-        narrow = (addresses[0] | addresses[1]) & self._cache_mask
         for name, address, size in zip(self.names, addresses, self._item_sizes, strict=True):
             if size:
                 check_address(name, address, size)
-            if size and not name.endswith(("_cache", "_scale", "_mapping")):
-                narrow |= address & self._row_mask
-        return self._narrowest if narrow else self._widest
+        named = dict(zip(self.names, addresses, strict=True))
+        return next(each for each in self._kernels if each.allows(named))
 
     @staticmethod
     def _pack(launch: Launch, rows: int, addresses: tuple[int, ...]) -> None:
@@ -274,8 +279,8 @@ class RowsImplementation(Planned):
         self, kernel: _Kernel, tokens: int, addresses: tuple[int, ...], stream: int
     ) -> None:
         """Make several launches for more vectors than one kernel can count."""
-        for done in range(0, tokens, kernel.most_tokens):
-            part = min(tokens - done, kernel.most_tokens)
+        for done in range(0, tokens, kernel.most_rows):
+            part = min(tokens - done, kernel.most_rows)
             grid = kernel.grid(part)
             launch = grid.prepare(self._report.address, done)
             pairs = zip(addresses, self._token_steps, strict=True)
@@ -295,22 +300,26 @@ class _Kernel:
         device: CudaDevice,
     ) -> None:
         limits: Limits = device.limits
-        scale = SCALES[limits.thread_class]
+        scale = THREAD_FACTORS[limits.thread_class]
         fewest, largest = int(STEPS[0][1] * scale), int(LARGE[0] * scale)
 
         def elements_of(most: int) -> Elements:
-            narrow = tuple(side.format.packed for side in rows.sides)
-            return rows.elements(most) if most_elements > 1 else narrow
+            return rows.elements(min(most, most_elements))
 
         def in_token(most: int) -> int:
             pairs = zip(rows.sides, elements_of(most), strict=True)
             return rows.num_kv_heads * max(_threads(rows, *each)[0] for each in pairs)
 
+        self._alignments = {
+            side.letter: (alignment(side.format.bits, count), rows.alignment(side, count))
+            for side, count in zip(rows.sides, elements_of(MOST_ELEMENTS), strict=True)
+        }
         # Indices stay below `MOST`, even if the last tile and the last block are not full.
         most = min(MOST - largest, limits.max_grid_x * fewest) // in_token(STEPS[0][3])
-        self.most_tokens = most // TILE * TILE or most
+        self.most_rows = most // TILE * TILE or most
         if not most:
-            raise NotSupportedError("k_cache", "must have fewer elements of K or V in a token")
+            rule = f"must have at most {limits.max_grid_x * fewest} threads' work in a token"
+            raise NotSupportedError("k_cache", rule, f"that of {in_token(STEPS[0][3])}")
         tile = tile_of(rows) if most >= TILE else 1
 
         def grid(threads: int, ahead: bool, most: int, tile: int) -> Grid:
@@ -323,16 +332,25 @@ class _Kernel:
         self._steps = [
             (
                 on_each * limits.multiprocessors * scale / in_token(most),
+                # A tile that is not full would cost the smallest calls more than it saves.
                 grid(threads, ahead, most, tile if i else 1),
             )
             for i, (on_each, threads, ahead, most) in enumerate(STEPS)
         ]
         self._large = grid(*LARGE, tile)
 
-    def grid(self, tokens: int) -> Grid:
+    def allows(self, addresses: Mapping[str, int]) -> bool:
+        """Return whether addresses, by the names of their arguments, allow this access."""
+        return all(
+            address % self._alignments[name[0]][not name.endswith("_cache")] == 0
+            for name, address in addresses.items()
+            if name[0] in self._alignments and not name.endswith("_scale")
+        )
+
+    def grid(self, rows: int) -> Grid:
         """Return the grid for a call of this many tokens."""
         for most, grid in self._steps:
-            if tokens <= most:
+            if rows <= most:
                 return grid
         return self._large
 

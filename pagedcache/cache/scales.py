@@ -127,8 +127,8 @@ def scale_axes(
     if math.prod(shape) == 1:
         return "tensor", ("one",) * len(shape)
     rule = (
-        f"must have one element, the shape [num_kv_heads] or [num_kv_heads, {size}], or, to be "
-        f"computed by the write, [{', '.join(rows)}] or [{', '.join(rows)}, groups] "
+        f"must have one element, the shape [num_kv_heads] or [num_kv_heads, {size}], or, for "
+        f"scales that a write computes, [{', '.join(rows)}] or [{', '.join(rows)}, groups] "
         f"(layout {layout})"
     )
     raise BadTensorShapeError(name, rule, f"shape {shape}")
@@ -148,10 +148,11 @@ def resolve_scale(
     `size` is the head size.
     """
     by_axis = dict(zip(axes, steps, strict=True))
-    group = {"channel": 1, "group": size // max(shape[-1], 1) if shape else 1}.get(
-        granularity, size
-    )
-    last = steps[-1] if granularity in ("channel", "group") else 0
+    group, last = size, 0
+    if granularity == "channel":
+        group, last = 1, steps[-1]
+    elif granularity == "group":
+        group, last = size // shape[-1], steps[-1]
     return Scale(
         granularity,
         group,

@@ -15,6 +15,7 @@ from pagedcache.status import BadParamError
 if TYPE_CHECKING:
     from pagedcache.cache.formats import Format
     from pagedcache.cache.scales import Scale
+    from pagedcache.dtypes import Dtype
     from pagedcache.tensors import Array
 
 
@@ -45,9 +46,13 @@ class Side:
     format: Format
     scale: Scale | None
 
+    def copies(self, dtype: Dtype) -> bool:
+        """Return whether the cache holds the bits of rows of this dtype."""
+        return self.format.dtype == dtype
+
 
 def refuse_bad_scales(sides: Sequence[Side], data: Mapping[str, Array]) -> None:
-    """Raise for a scale of K or V that is not positive and finite, unless a call computes it.
+    """Raise for a scale that is not positive and finite, of those that do not belong to a token.
 
     Raises
     ------
@@ -55,7 +60,7 @@ def refuse_bad_scales(sides: Sequence[Side], data: Mapping[str, Array]) -> None:
     """
     for side in sides:
         name = f"{side.letter}_scale"
-        if name in data:
+        if name in data and side.scale is not None and not side.scale.is_written:
             scales = data[name].view(F32)
             with np.errstate(invalid="ignore"):
                 bad = np.argwhere(~((scales > 0) & np.isfinite(scales)))

@@ -77,7 +77,8 @@ def store_cache(
                 raise BadParamError(name, rule)
         copy_bytes(("k_cache", "v_cache", "k", "v"), *pools, *rows, indices, "NHD")
         return
-    formats = (None, None) if kv_cache_dtype == "auto" else _formats(kv_cache_dtype)
+    is_auto = isinstance(kv_cache_dtype, str) and kv_cache_dtype == "auto"
+    formats = (None, None) if is_auto else _formats(kv_cache_dtype)
     for name, pool in (("k_cache", k_cache), ("v_cache", v_cache)):
         if formats[0] is None and is_of_bytes(pool) and adopt(name, pool).dtype == U8:
             rule = f"must be 'fp8_e4m3' or 'fp8_e5m2', because {name} is of bytes (uint8)"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pagedcache.arrays.matching import Apart
 
 MOST_APART = 1024
+MOST_ROWS = 1 << 62
 
 
 class Arguments:
@@ -53,7 +54,7 @@ class Arguments:
     apart_pairs : list of (int, Expected, int, Expected)
         Pairs of them that must share no memory.
     apart : Apart
-        Distances between two such at which they are known to share none.
+        Distances between two such at which they are known to share none, for so many rows.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Arguments:
         """Return the number of rows and the addresses; raise for arguments that do not fit."""
         for name, one, array in zip(self.names, self.expected, arrays, strict=True):
             if one is None and array is not None:
-                raise _changed(BadParamTypeError, name, "the value None", shown(array))
+                rule = "must be None, as when the descriptor was created"
+                raise BadParamTypeError(name, rule, shown(array))
         tensors = {
             i: None if type(arrays[i]) is int else adopt(one.name, arrays[i])
             for i, one in self.present
@@ -128,13 +130,12 @@ class Arguments:
     def _check_overlap(self, rows: int, addresses: Sequence[int]) -> None:
         for i, one, j, other in self.apart_pairs:
             at, other_at = addresses[i], addresses[j]
-            known = self.apart.setdefault((i, j), set())
-            if other_at - at not in known:
+            known = self.apart.setdefault((i, j), {})
+            if rows > known.get(other_at - at, 0):
                 check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)
-                if not (one.free or other.free):
-                    if len(known) >= MOST_APART:
-                        known.clear()
-                    known.add(other_at - at)
+                if len(known) >= MOST_APART:
+                    known.clear()
+                known[other_at - at] = rows if one.free or other.free else MOST_ROWS
 
     def workspace(self, workspace: Any, size: int, needed: int) -> int:
         """Return the address of a workspace of at least `needed` bytes, 0 if there is none."""

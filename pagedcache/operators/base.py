@@ -182,10 +182,12 @@ class Operation(Generic[InfoT]):
 
     def _check_created(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise if arrays that will be written share memory, as far as they are there already."""
+        counted_by = self._arguments.counted_by
+        rows = next(one.shape[0] for _, one in self._arguments.present if one.name == counted_by)
         for _, one, _, other in self._arguments.apart_pairs:
-            if one.name in tensors and other.name in tensors:
+            if rows and one.name in tensors and other.name in tensors:
                 at, other_at = (tensors[each.name].address for each in (one, other))
-                check_overlap(one, at, other, other_at)
+                check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)
 
     # Calls
 

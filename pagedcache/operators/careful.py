@@ -110,6 +110,9 @@ class _Fetched(Mapping[str, Array]):
         fetched: Array = np.ndarray(there.shape, there.dtype, data, strides=there.strides)
         return fetched
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._views
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
+
+from pagedcache.arrays.addresses import check_address
 from pagedcache.arrays.find import adopt
 from pagedcache.cache.explain import SlotExplanation, StoredElement, read_element
 from pagedcache.cache.layout import LAYOUTS
@@ -153,9 +156,9 @@ class SlotOperation(Operation[SlotInfoT]):
         ------
         BadParamError
             `slot_or_token` is not an int or not a token of `slot_mapping`, `slot_mapping` is not a
-            sequence of ints, `head` or `dim` is out of range, or a scale is missing.
+            sequence of ints, or `head` or `dim` is out of range, if an element is read.
         PagedCacheError
-            An array is not like the one that the descriptor was created for.
+            An array is not like the one that the descriptor was created for, or is missing.
         DestroyedError
             After `destroy`.
         """
@@ -176,28 +179,26 @@ class SlotOperation(Operation[SlotInfoT]):
         self, side: Side, cache: Any, scale: Any, place: tuple[int, int, int, int]
     ) -> StoredElement:
         *_, head, dim = place
-        for name, index, count in (
-            ("head", head, self.info.num_kv_heads), ("dim", dim, side.head_size),
-        ):  # fmt: skip
-            if not isinstance(index, int) or not 0 <= index < count:
+        counts = {"head": self.info.num_kv_heads, "dim": side.head_size}
+        for (name, count), index in zip(counts.items(), (head, dim), strict=True):
+            if not isinstance(index, (int, np.integer)) or not 0 <= index < count:
                 raise BadParamError(name, f"must be an int from 0 to {count - 1}", shown(index))
         letter = side.letter
-        tensors: list[Tensor | None] = [self._adopt(f"{letter}_cache", cache), None]
-        if side.scale is not None:
-            tensors[1] = self._adopt(f"{letter}_scale", scale)
-        stream = self._device.current_stream()
+        tensor = self._adopt(f"{letter}_cache", cache)
+        scale_tensor = None if side.scale is None else self._adopt(f"{letter}_scale", scale)
+        stream = self._current_stream(cache)()
 
         def read(address: int, size: int) -> Any:
             return self._device.read(address, size, stream)
 
-        assert tensors[0] is not None
-        return read_element(side, LAYOUTS[self.info.layout], tensors[0], tensors[1], place, read)
+        return read_element(side, LAYOUTS[self.info.layout], tensor, scale_tensor, place, read)
 
     def _adopt(self, name: str, array: Any) -> Tensor:
         """Return an array that is like that of the argument with this name."""
         tensor = adopt(name, array)
         [one] = [one for _, one in self._arguments.present if one.name == name]
         self._arguments.check(one, tensor)
+        check_address(name, tensor.address, one.dtype.itemsize)
         return tensor
 
     def _invalid(self, found: Invalid, where: str = "in this call") -> InvalidSlotError:
@@ -225,7 +226,7 @@ class SlotOperation(Operation[SlotInfoT]):
             ("head size", ", ".join(sizes)),
         ]
         for side in info.sides:
-            if side.format.dtype != info.dtype:
+            if not side.copies(info.dtype):
                 scale = "no scale" if side.scale is None else f"scales: {side.scale}"
                 rows.append((f"{side.letter.upper()} cache", f"{side.format.name}, {scale}"))
         rows += [(f"strides of {name}, bytes", str(steps)) for name, steps in strides.items()]

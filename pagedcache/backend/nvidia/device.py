@@ -159,7 +159,10 @@ class CudaDevice(Context):
         with self._compiling:
             if key not in self._compiled:
                 if self.captures():
-                    rule = f"{NOT_CAPTURED}; call pagedcache.warmup() before the capture"
+                    rule = (
+                        f"{NOT_CAPTURED}; create the descriptor, or make this call once, before "
+                        "the capture; pagedcache.warmup() does so for all plain copies"
+                    )
                     raise NotSupportedError(f"compiling {Path(file).name}", rule)
                 kernels = self._load(Path(file).name, source.read(file), expressions)
                 if not self._take_report:

@@ -68,10 +68,10 @@ class Grid:
 class Kernel(Protocol):
     """A compiled kernel, or several for different numbers of rows."""
 
-    most_tokens: int
-    """Rows of the tensors that one launch can have."""
+    most_rows: int
+    """How many one launch can have."""
 
-    def grid(self, tokens: int) -> Grid:
+    def grid(self, rows: int) -> Grid:
         """Return the grid for a call of this many rows."""
 
 
@@ -81,13 +81,14 @@ Self = TypeVar("Self", bound="Planned")
 class Planned(Implementation):
     """An implementation whose launches are planned.
 
-    Subclasses set `_widest`, call `_report_to`, and bring `run`, `_kernel_for` and `_pack`.
+    Subclasses set `_widest`, the kernel that `launch_config` tells of, call `_report_to`, and bring
+    `run`, `_kernel_for` and `_pack`.
     """
 
     checks_alignment = True
-    _widest: Any  # Kernel: that of most calls, for which plans are kept
+    _widest: Kernel
 
-    def _kernel_for(self, addresses: tuple[int, ...]) -> Any:
+    def _kernel_for(self, addresses: tuple[int, ...]) -> Kernel:
         """Return the kernel with the widest access that these addresses allow."""
         raise NotImplementedError
 
@@ -99,7 +100,6 @@ class Planned(Implementation):
     def _report_to(self, report: DeviceReport) -> None:
         self._report, self._streams = report, report.streams
         self._launches: dict[Grid, list[Launch]] = {}  # that are ready
-        self._plans: dict[int, Plan] = {}  # by number of rows
 
     def reporting_to(self: Self, report: DeviceReport) -> Self:
         """Return a copy that uses another report."""
@@ -109,25 +109,26 @@ class Planned(Implementation):
 
     def launch_config(self, rows: int) -> LaunchConfig:
         """Return the launch for this many rows if addresses allow the widest access."""
-        rows = min(rows, self._widest.most_tokens)
+        rows = min(rows, self._widest.most_rows)
         grid = self._widest.grid(rows)
         return LaunchConfig((max(grid.blocks(rows), 1), grid.rows, 1), (grid.threads, 1, 1))
 
-    def _plan(self, kernel: Kernel, rows: int) -> Plan:
+    def _plan(self, kernel: Kernel, rows: int, kept: dict[int, Plan] | None = None) -> Plan:
+        """Return a plan, and keep it among others if they are given."""
         grid = kernel.grid(rows)
         launches = self._launches.setdefault(grid, [])
         prepare = functools.partial(grid.prepare, self._report.address)
         plan = launches, prepare, grid.blocks(rows)
-        if kernel is self._widest:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[rows] = plan
+        if kept is not None:
+            if len(kept) >= MOST_PLANS:
+                kept.clear()
+            kept[rows] = plan
         return plan
 
     def prepared(self, rows: int, *addresses: int) -> Callable[[int], None]:
         """Return a function of a stream that queues the same call each time."""
         kernel = self._kernel_for(addresses)
-        if rows > kernel.most_tokens:
+        if rows > kernel.most_rows:
             return functools.partial(self.run, rows, *addresses)
         _, prepare, blocks = self._plan(kernel, rows)
         streams, note = self._streams, self._report.note

@@ -85,14 +85,15 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
         slot_mapping : array or TensorDescriptor
             ``[num_tokens]``, int64 or int32.
         k_scale, v_scale : array or TensorDescriptor, optional
-            Of 8-bit floats, where the default is 1, and of int8 and int4, where one is needed;
-            float32. The shape says what shares a scale. One element: the whole cache.
+            float32 scales: optional for 8-bit floats (1 by default), required for int8 and int4.
+            The shape says what shares a scale. One element: the whole cache.
             ``[num_kv_heads]``: a head. ``[num_kv_heads, head_size]``: a dimension of a head. These
             are read, and ``x / scale`` is stored. ``[num_blocks, num_kv_heads, block_size]`` (in
             ``"NHD"``, ``[num_blocks, block_size, num_kv_heads]``): a token's row in a head; with
             one more axis of ``head_size / n``: `n` neighbouring elements of such a row. These are
             computed and written: ``scale = max(amax / most, 1e-6)``, where `most` is 448, 57344,
-            127 or 7, and ``x * (1 / scale)`` is stored. Any strides, so scales may be beside the
+            127 or 7, and ``x * (1 / scale)`` is stored (so is a scale of one element, if the cache
+            has one row). Any strides, so scales may be beside the
             rows or inside them, but they must share no memory with a cache.
         k_format, v_format : str, optional
             How K and V are stored: ``"float16"``, ``"bfloat16"``, ``"float32"``,
@@ -111,8 +112,9 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
         debug : bool, optional
             Whether each `calculate` first waits for the stream, copies slots, K and V to the host,
             and raises, with nothing written, if two tokens have one slot (`DuplicateSlotError`), a
-            row that would be written has a NaN or an infinity (`NonFiniteError`), or K, V or the
-            slots share memory with a cache (`SourceOverlapError`). Slow. By default, whether the
+            row that would be written has a NaN or an infinity (`NonFiniteError`), a scale that is
+            read is not positive and finite (`BadParamError`), or K, V or the slots share memory
+            with a cache (`SourceOverlapError`). Slow. By default, whether the
             environment variable ``PAGEDCACHE_DEBUG`` is 1.
 
         Returns
@@ -162,7 +164,8 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
         Token ``t`` goes to block ``slot_mapping[t] // block_size``, offset
         ``slot_mapping[t] % block_size``. A negative slot is padding and is skipped. A slot of
         ``info.num_slots`` or more is never written, and is reported as `create` was told to. If two
-        tokens have the same slot, either of them may end up there.
+        tokens have the same slot, either of them may end up there; where the cache is in another
+        format, the row may become a mix of both.
 
         Parameters
         ----------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a paged caching write needs to know about its five tensors."""
+"""What a paged caching write needs to know about its tensors."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class PagedCachingInfo:
     @property
     def copies(self) -> bool:
         """Whether both caches hold the bits of `k` and `v` as they are."""
-        return all(each.format.dtype == self.dtype for each in (self.k_stored, self.v_stored))
+        return all(side.copies(self.dtype) for side in self.sides)
 
     @classmethod
     def create(

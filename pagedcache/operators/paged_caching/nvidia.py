@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
-from pagedcache.backend.nvidia.plans import Grid, Planned
+from pagedcache.backend.nvidia.plans import Grid, Plan, Planned
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class PagedCaching(Planned):
         self._mask, self._slot_mask = widest - 1, self._slot_size - 1
         self._report_to(report)
 
+    def _report_to(self, report: DeviceReport) -> None:
+        super()._report_to(report)
+        self._plans: dict[int, Plan] = {}  # of the widest kernel, by number of tokens
+
     def run(
         self,
         tokens: int,
@@ -106,10 +110,10 @@ class PagedCaching(Planned):
         misaligned = (k_cache | v_cache | k | v) & self._mask or slots & self._slot_mask
         if plan is None or misaligned:
             kernel = self._kernel_for((k_cache, v_cache, k, v, slots))
-            if tokens > kernel.most_tokens:
+            if tokens > kernel.most_rows:
                 self._run_in_parts(kernel, tokens, k_cache, v_cache, k, v, slots, stream)
                 return
-            plan = self._plan(kernel, tokens)
+            plan = self._plan(kernel, tokens, self._plans if kernel is self._widest else None)
         launches, prepare, blocks = plan
         # pop and append of a list are atomic, so no two threads get the same launch.
         try:
@@ -149,8 +153,8 @@ class PagedCaching(Planned):
         stream: int,
     ) -> None:
         """Make several launches for a write of more vectors than one kernel can count."""
-        for done in range(0, tokens, kernel.most_tokens):
-            part = min(tokens - done, kernel.most_tokens)
+        for done in range(0, tokens, kernel.most_rows):
+            part = min(tokens - done, kernel.most_rows)
             grid = kernel.grid(part)
             k_at, v_at = k + done * kernel.k_token_stride, v + done * kernel.v_token_stride
             launch = grid.prepare(self._report.address, done)
@@ -179,7 +183,7 @@ class _Kernel:
         fewest, largest = int(STEPS[0][1] * scale), int(LARGE[0] * scale)
         # Indices stay below `MOST`, even if the last tile and the last block are not full.
         most = min(MOST - largest, limits.max_grid_x * fewest) // per_token
-        self.most_tokens = most // TILE * TILE or most
+        self.most_rows = most // TILE * TILE or most
         if not most:
             rule = f"must have at most {MOST * width} bytes of K or V in a token"
             raise NotSupportedError("k_cache", rule, per_token * width)
@@ -203,10 +207,10 @@ class _Kernel:
         apart = width == 16 and k_per_row == v_per_row and info.num_kv_heads <= FEW_HEADS
         self._large = grid(*LARGE, tile, rows=2 if apart else 1)
 
-    def grid(self, tokens: int) -> Grid:
+    def grid(self, rows: int) -> Grid:
         """Return the grid for a write of this many tokens."""
         for most, grid in self._steps:
-            if tokens <= most:
+            if rows <= most:
                 return grid
         return self._large
 
@@ -221,7 +225,7 @@ def _parameters(info: PagedCachingInfo, width: int, tile: int) -> ctypes.Structu
         return [getattr(info, f"{letter}_{name}_stride") * size for name in names]
 
     def source_rows(letter: str) -> Any:
-        return struct("SourceRows")(*bytes_of(letter, "token", "head"))
+        return struct("TokenRows")(*bytes_of(letter, "token", "head"))
 
     def cache_rows(letter: str) -> Any:
         block, slot, head = bytes_of(letter, "cache_block", "cache_slot", "cache_head")

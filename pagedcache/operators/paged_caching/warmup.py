@@ -46,10 +46,12 @@ def warmup(
     dtypes: Iterable[object] = DTYPES,
     slot_dtypes: Iterable[object] = SLOT_DTYPES,
 ) -> list[WarmedUp]:
-    """Compile the kernels, or load them from the cache on disk, and open the device.
+    """Compile the kernels of plain copies, or load them from the cache on disk; open the device.
 
     After this, descriptors for any shape are created without compiling, also while a stream is
-    being captured into a CUDA graph, when compiling is not possible.
+    being captured into a CUDA graph, when compiling is not possible. Kernels for other formats, and
+    of `paged_gather`, depend on more than their dtypes: create such a descriptor before the
+    capture.
 
     Parameters
     ----------

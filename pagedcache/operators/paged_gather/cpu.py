@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pagedcache.backend.protocol import Implementation, LaunchConfig
-from pagedcache.cache.cpu import ConvertedRows, CopiedRows, read_slots
+from pagedcache.cache.cpu import read_slots, rows_of
 
 if TYPE_CHECKING:
     from pagedcache.backend.cpu import CpuDevice, CpuReport
@@ -19,12 +19,7 @@ class PagedGather(Implementation):
     def __init__(self, info: PagedGatherInfo, device: CpuDevice, report: CpuReport) -> None:
         self._info, self._report = info, report
         sizes = info.num_blocks, info.block_size, info.num_kv_heads
-        self._sides = [
-            (CopiedRows if side.format.dtype == info.dtype else ConvertedRows)(
-                side, info.dtype, *sizes
-            )
-            for side in info.sides
-        ]
+        self._sides = [rows_of(side, info.dtype, *sizes) for side in info.sides]
 
     def launch_config(self, rows: int) -> LaunchConfig:
         """Return one thread, whatever the number of tokens."""

@@ -178,9 +178,11 @@ def _letters(described: Mapping[str, TensorDescriptor], v_format: str | None) ->
         if name in described:
             rule = f"must be None, because {other} is None; give both to read V back"
             raise BadParamError(name, rule, f"an array of shape {described[name].shape}")
-    for name, got in (("v_scale", described.get("v_scale")), ("v_format", v_format)):
-        if got is not None:
-            raise BadParamError(name, "must be None, because v_cache is None", shown(got))
+    scale, rule = described.get("v_scale"), "must be None, because v_cache is None"
+    if scale is not None:
+        raise BadParamError("v_scale", rule, f"an array of shape {scale.shape}")
+    if v_format is not None:
+        raise BadParamError("v_format", rule, shown(v_format))
     return "k"
 
 
