@@ -581,7 +581,8 @@ FAULTS = (
         "caches that share memory are known to share none",
         f"{OPERATORS}/arguments.py",
         "            if rows > known.get(other_at - at, 0):\n",
-        "            known.add(other_at - at)\n            if other_at - at not in known:\n",
+        "            known[other_at - at] = MOST_ROWS\n"
+        "            if rows > known.get(other_at - at, 0):\n",
         ("test_debug.py",),
     ),
     Fault(
