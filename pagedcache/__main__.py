@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pagedcache import Handle, PagedCacheError, __version__, backends, bench, demo
 from pagedcache.backend.nvidia import source
+from pagedcache.cache.formats import SOURCE_DTYPES
 from pagedcache.cache.tables import SLOT_DTYPES
-from pagedcache.operators.paged_caching.info import DTYPES
 from pagedcache.operators.paged_caching.warmup import warming_up
 
 
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 def warm_up(device: str | None) -> int:
     """Compile all kernels, and print each when it is ready."""
     try:
-        for done in warming_up(device, dtypes=DTYPES, slot_dtypes=SLOT_DTYPES):
+        for done in warming_up(device, dtypes=SOURCE_DTYPES, slot_dtypes=SLOT_DTYPES):
             print(done, flush=True)
     except PagedCacheError as error:
         print(error, file=sys.stderr)

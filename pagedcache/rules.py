@@ -87,11 +87,6 @@ class Rules:
         """The names of the tensors that have the free axis."""
         return frozenset(rule.name for rule in self.tensors if self._is_free(rule))
 
-    @property
-    def optional_names(self) -> frozenset[str]:
-        """The names of the tensors that there may be none of."""
-        return frozenset(rule.name for rule in self.tensors if rule.optional)
-
     def _is_free(self, rule: Rule) -> bool:
         return rule.axes[:1] == (self.free,)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import sys
 from typing import Any
 
@@ -160,10 +159,8 @@ def copy_bytes(
 
 def run_kept(kept: Kept[Descriptor], arrays: tuple[Any, ...], options: tuple[Any, ...]) -> None:
     """Run the descriptor for these arrays and options, creating it if there is none."""
-    for *known, descriptor in kept.recent:
-        if all(map(operator.is_, options, known)) and descriptor.latest(*arrays, None):
-            return
-    kept.run(arrays, options, None)
+    if not kept.run_recent(arrays, options, None):
+        kept.run(arrays, options, None)
 
 
 def one_head(name: str, array: Any, axes: str) -> Any:

@@ -47,6 +47,20 @@ class Kept(Generic[OperationT]):
         self.recent: tuple[tuple[Any, ...], ...] = ()
         self._found = 0
 
+    def run_recent(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> bool:
+        """Run a recent operation if its latest matcher matches; return whether one did.
+
+        `run` does not try that matcher. Where every tenth of a microsecond counts, a caller has
+        this loop inline.
+        """
+        recent = self.recent
+        for entry in recent:
+            if all(map(operator.is_, options, entry)) and entry[-1].latest(*arrays, stream):
+                if entry is not recent[0]:
+                    self.found(entry)
+                return True
+        return False
+
     def run(self, arrays: tuple[Any, ...], options: tuple[Any, ...], stream: Any) -> None:
         """Run the operation for these arrays and options, creating it if there is none."""
         for *known, operation in self.recent:

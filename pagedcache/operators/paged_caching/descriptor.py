@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pagedcache.operators.base import NO_WORKSPACE
-from pagedcache.operators.paged_caching.info import RULES, PagedCachingInfo
+from pagedcache.operators.paged_caching.info import FREE, NAMES, OPTIONAL, PagedCachingInfo
 from pagedcache.operators.paged_caching.inspect import inspect
 from pagedcache.operators.slot_operation import SlotOperation
 
@@ -39,9 +39,9 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
     """
 
     name: ClassVar[str] = "paged_caching"
-    arguments: ClassVar[tuple[str, ...]] = RULES["HND"].names
-    free: ClassVar[frozenset[str]] = RULES["HND"].free_names
-    optional: ClassVar[frozenset[str]] = RULES["HND"].optional_names
+    arguments: ClassVar[tuple[str, ...]] = NAMES
+    free: ClassVar[frozenset[str]] = frozenset(FREE)
+    optional: ClassVar[frozenset[str]] = frozenset(OPTIONAL)
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_caching.cpu:PagedCaching",
         "cuda": "pagedcache.operators.paged_caching.nvidia:implementation",

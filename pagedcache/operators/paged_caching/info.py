@@ -3,22 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pagedcache.cache.formats import SOURCE_DTYPES, Format, resolve_format
-from pagedcache.cache.layout import LAYOUTS, resolve_layout
-from pagedcache.cache.scales import Scale, resolve_scale, scale_axes
+from pagedcache.cache.formats import SOURCE_DTYPES, Format
+from pagedcache.cache.layout import resolve_layout
 from pagedcache.cache.sides import Side
-from pagedcache.cache.tables import SLOT_DTYPES, cache_rule, rows_rule, scale_rule
-from pagedcache.dtypes import Dtype, names
+from pagedcache.cache.tables import (
+    SLOT_DTYPES,
+    cache_rule,
+    check_tables,
+    rows_rule,
+    scale_rule,
+)
 from pagedcache.rules import Rule, Rules
-from pagedcache.status import BadParamTypeError, BadTensorDtypeError, shown
+from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
 
+if TYPE_CHECKING:
+    from pagedcache.cache.scales import Scale
+    from pagedcache.dtypes import Dtype
+
 NAMES = ("k_cache", "v_cache", "k", "v", "slot_mapping", "k_scale", "v_scale")
-REQUIRED = NAMES[:5]
-DTYPES = SOURCE_DTYPES
+REQUIRED, OPTIONAL = NAMES[:5], NAMES[5:]
+FREE = ("k", "v", "slot_mapping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +46,25 @@ class Stored:
 
 
 def make_rules(
-    layout: str, formats: Sequence[Format | None], scales: Sequence[tuple[str, tuple[str, ...]]]
+    layout: str,
+    formats: Mapping[str, Format],
+    scales: Mapping[str, tuple[str, tuple[str, ...]]],
 ) -> Rules:
-    """Return the table of tensors for caches in these formats, K's first.
-
-    `scales` are the granularity and the axes of each.
-    """
+    """Return the table of tensors for caches in these formats, with such scales."""
     return Rules(
         tensors=(
-            cache_rule("k", layout, formats[0], written=True),
-            cache_rule("v", layout, formats[1], written=True),
-            rows_rule("k", DTYPES),
-            rows_rule("v", DTYPES, like="k"),
+            cache_rule("k", layout, formats.get("k"), written=True),
+            cache_rule("v", layout, formats.get("v"), written=True),
+            rows_rule("k", SOURCE_DTYPES),
+            rows_rule("v", SOURCE_DTYPES, like="k"),
             Rule("slot_mapping", ("num_tokens",), SLOT_DTYPES),
-            scale_rule("k", *scales[0], computes=True),
-            scale_rule("v", *scales[1], computes=True),
+            scale_rule("k", scales, computes=True),
+            scale_rule("v", scales, computes=True),
         ),
         free="num_tokens",
         counted_by="slot_mapping",
         note=f" (layout {layout})",
     )
-
-
-NO_SCALES = (("", ()),) * 2
-RULES = {layout: make_rules(layout, (None, None), NO_SCALES) for layout in LAYOUTS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,45 +203,14 @@ class PagedCachingInfo:
                 raise BadParamTypeError(name, "must be a TensorDescriptor", shown(tensor))
             described[name] = tensor
         layout = resolve_layout(layout, k_cache.shape, k.shape)
-        for name, tensor in (("k", k), ("v", v)):
-            if tensor.dtype not in DTYPES:
-                raise BadTensorDtypeError(name, f"must be {names(DTYPES)}", tensor.dtype)
-        formats = [
-            resolve_format("k", k_format, k_cache.dtype, k.dtype, "k"),
-            resolve_format("v", v_format, v_cache.dtype, v.dtype, "v"),
-        ]
-        five = {name: described[name] for name in REQUIRED}
-        sizes = make_rules(layout, formats, NO_SCALES).check(five)
-        scales = [
-            scale_axes("k", formats[0], layout, k_scale, sizes),
-            scale_axes("v", formats[1], layout, v_scale, sizes),
-        ]
-        rules = make_rules(layout, formats, scales)
-        rules.check(described)
-        k_stored, v_stored = (
-            Stored(
-                stored,
-                resolve_scale(
-                    granularity,
-                    axes,
-                    rules.steps(name, described[name]),
-                    sizes[size],
-                    described[name].shape,
-                    powers=powers,
-                )
-                if granularity
-                else None,
-            )
-            for stored, (granularity, axes), name, size in zip(
-                formats, scales, NAMES[5:], ("head_size", "v_head_size"), strict=True
-            )
+        rules, sizes, (k_side, v_side) = check_tables(
+            described,
+            functools.partial(make_rules, layout),
+            layout,
+            {"k": "k", "v": "v"},
+            {"k": k_format, "v": v_format},
+            powers=powers,
         )
-        axes = LAYOUTS[layout]
-        k_steps, v_steps = (
-            dict(zip(axes, rules.steps(name, described[name]), strict=True))
-            for name in ("k_cache", "v_cache")
-        )
-        k_rows, v_rows = (rules.steps(name, described[name]) for name in ("k", "v"))
         return cls(
             dtype=k.dtype,
             slot_dtype=slot_mapping.dtype,
@@ -247,17 +221,17 @@ class PagedCachingInfo:
             num_kv_heads=sizes["num_kv_heads"],
             head_size=sizes["head_size"],
             v_head_size=sizes["v_head_size"],
-            k_token_stride=k_rows[0],
-            k_head_stride=k_rows[1],
-            v_token_stride=v_rows[0],
-            v_head_stride=v_rows[1],
-            k_cache_block_stride=k_steps["num_blocks"],
-            k_cache_head_stride=k_steps["num_kv_heads"],
-            k_cache_slot_stride=k_steps["block_size"],
-            v_cache_block_stride=v_steps["num_blocks"],
-            v_cache_head_stride=v_steps["num_kv_heads"],
-            v_cache_slot_stride=v_steps["block_size"],
-            k_stored=k_stored,
-            v_stored=v_stored,
+            k_token_stride=k_side.token_stride,
+            k_head_stride=k_side.head_stride,
+            v_token_stride=v_side.token_stride,
+            v_head_stride=v_side.head_stride,
+            k_cache_block_stride=k_side.block_stride,
+            k_cache_head_stride=k_side.cache_head_stride,
+            k_cache_slot_stride=k_side.slot_stride,
+            v_cache_block_stride=v_side.block_stride,
+            v_cache_head_stride=v_side.cache_head_stride,
+            v_cache_slot_stride=v_side.slot_stride,
+            k_stored=Stored(k_side.format, k_side.scale),
+            v_stored=Stored(v_side.format, v_side.scale),
             rules=rules,
         )

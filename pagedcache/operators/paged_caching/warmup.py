@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pagedcache.backend.handle import Handle
+from pagedcache.cache.formats import SOURCE_DTYPES
 from pagedcache.cache.tables import SLOT_DTYPES
 from pagedcache.dtypes import Dtype, as_dtype
 from pagedcache.operators.paged_caching.descriptor import Descriptor
-from pagedcache.operators.paged_caching.info import DTYPES
 from pagedcache.status import BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
 
@@ -43,7 +43,7 @@ class WarmedUp:
 def warmup(
     device: str | None = None,
     *,
-    dtypes: Iterable[object] = DTYPES,
+    dtypes: Iterable[object] = SOURCE_DTYPES,
     slot_dtypes: Iterable[object] = SLOT_DTYPES,
 ) -> list[WarmedUp]:
     """Compile the kernels of plain copies, or load them from the cache on disk; open the device.

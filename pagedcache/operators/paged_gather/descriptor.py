@@ -37,7 +37,7 @@ class GatherDescriptor(SlotOperation[PagedGatherInfo]):
 
     name: ClassVar[str] = "paged_gather"
     arguments: ClassVar[tuple[str, ...]] = NAMES
-    free: ClassVar[frozenset[str]] = FREE
+    free: ClassVar[frozenset[str]] = frozenset(FREE)
     optional: ClassVar[frozenset[str]] = frozenset(OPTIONAL)
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_gather.cpu:PagedGather",

@@ -3,21 +3,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pagedcache.cache.formats import SOURCE_DTYPES, resolve_format
-from pagedcache.cache.layout import LAYOUTS, resolve_layout
-from pagedcache.cache.scales import resolve_scale, scale_axes
-from pagedcache.cache.sides import Side
-from pagedcache.cache.tables import SIZES, SLOT_DTYPES, cache_rule, rows_rule, scale_rule
-from pagedcache.dtypes import Dtype, names
+from pagedcache.cache.formats import SOURCE_DTYPES, Format
+from pagedcache.cache.layout import resolve_layout
+from pagedcache.cache.tables import (
+    SLOT_DTYPES,
+    cache_rule,
+    check_tables,
+    rows_rule,
+    scale_rule,
+)
 from pagedcache.rules import Rule, Rules
-from pagedcache.status import BadParamError, BadParamTypeError, BadTensorDtypeError, shown
+from pagedcache.status import BadParamError, BadParamTypeError, shown
 from pagedcache.tensors import TensorDescriptor
+
+if TYPE_CHECKING:
+    from pagedcache.cache.sides import Side
+    from pagedcache.dtypes import Dtype
 
 NAMES = ("k_cache", "v_cache", "slot_mapping", "k_out", "v_out", "k_scale", "v_scale")
 OPTIONAL = ("v_cache", "v_out", "k_scale", "v_scale")
+FREE = ("slot_mapping", "k_out", "v_out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,62 +111,13 @@ class PagedGatherInfo:
         letters = _letters(described, v_format)
         k_out = described["k_out"]
         layout = resolve_layout(layout, k_cache.shape, k_out.shape, subject="k_out")
-        for letter in letters:
-            out = described[f"{letter}_out"]
-            if out.dtype not in SOURCE_DTYPES:
-                rule = f"must be {names(SOURCE_DTYPES)}"
-                raise BadTensorDtypeError(f"{letter}_out", rule, out.dtype)
-        named = {"k": k_format, "v": v_format}
-        formats = {
-            letter: resolve_format(
-                letter,
-                named[letter],
-                described[f"{letter}_cache"].dtype,
-                described[f"{letter}_out"].dtype,
-                f"{letter}_out",
-            )
-            for letter in letters
-        }
-        plain = {name: described[name] for name in described if not name.endswith("_scale")}
-        table = {"k_cache": cache_rule("k", layout, formats["k"], written=False)}
-        if "v" in letters:
-            table["v_cache"] = cache_rule("v", layout, formats["v"], written=False)
-            table["v_out"] = rows_rule("v_out", SOURCE_DTYPES, like="k_out", written=True)
-        sizes = _rules(table, layout).check(plain)
-        found = {
-            letter: scale_axes(
-                letter, formats[letter], layout, described.get(f"{letter}_scale"), sizes
-            )
-            for letter in letters
-        }
-        for letter, (granularity, axes) in found.items():
-            table[f"{letter}_scale"] = scale_rule(letter, granularity, axes, computes=False)
-        rules = _rules(table, layout)
-        rules.check(described)
-
-        def side(letter: str) -> Side:
-            size = sizes[SIZES[letter]]
-            cache = rules.steps(f"{letter}_cache", described[f"{letter}_cache"])
-            steps = dict(zip(LAYOUTS[layout], cache, strict=True))
-            rows = rules.steps(f"{letter}_out", described[f"{letter}_out"])
-            granularity, axes = found[letter]
-            scale = None
-            if granularity:
-                tensor = described[f"{letter}_scale"]
-                of_scale = rules.steps(f"{letter}_scale", tensor)
-                scale = resolve_scale(granularity, axes, of_scale, size, tensor.shape)
-            return Side(
-                letter,
-                size,
-                rows[0],
-                rows[1],
-                steps["num_blocks"],
-                steps["block_size"],
-                steps["num_kv_heads"],
-                formats[letter],
-                scale,
-            )
-
+        rules, sizes, sides = check_tables(
+            described,
+            functools.partial(make_rules, layout),
+            layout,
+            {letter: f"{letter}_out" for letter in letters},
+            {"k": k_format, "v": v_format},
+        )
         return cls(
             dtype=k_out.dtype,
             slot_dtype=described["slot_mapping"].dtype,
@@ -165,7 +126,7 @@ class PagedGatherInfo:
             num_blocks=sizes["num_blocks"],
             block_size=sizes["block_size"],
             num_kv_heads=sizes["num_kv_heads"],
-            sides=tuple(map(side, letters)),
+            sides=sides,
             rules=rules,
         )
 
@@ -186,20 +147,27 @@ def _letters(described: Mapping[str, TensorDescriptor], v_format: str | None) ->
     return "k"
 
 
-def _rules(table: Mapping[str, Rule], layout: str) -> Rules:
-    """Return the table with what all gathers have, and without V if `table` has none."""
-    every = {
+def make_rules(
+    layout: str,
+    formats: Mapping[str, Format],
+    scales: Mapping[str, tuple[str, tuple[str, ...]]],
+) -> Rules:
+    """Return the table of tensors for caches in these formats, of V only if it has one."""
+    found = {
         **{name: Rule(name, (), (), optional=True) for name in OPTIONAL},
         "slot_mapping": Rule("slot_mapping", ("num_tokens",), SLOT_DTYPES),
-        "k_out": rows_rule("k_out", SOURCE_DTYPES, written=True),
-        **table,
     }
+    for letter, stored in formats.items():
+        like = None if letter == "k" else "k_out"
+        for rule in (
+            cache_rule(letter, layout, stored, written=False),
+            rows_rule(f"{letter}_out", SOURCE_DTYPES, like=like, written=True),
+            scale_rule(letter, scales, computes=False),
+        ):
+            found[rule.name] = rule
     return Rules(
-        tensors=tuple(every[name] for name in NAMES),
+        tensors=tuple(found[name] for name in NAMES),
         free="num_tokens",
         counted_by="slot_mapping",
         note=f" (layout {layout})",
     )
-
-
-FREE = frozenset(("slot_mapping", "k_out", "v_out"))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from operator import is_ as _is
 from typing import Any
 
 from pagedcache.operators.one_call import Kept
@@ -66,16 +65,10 @@ def paged_gather(
     >>> rows.ravel().tolist()
     [6.0, 0.0, 1.0]
     """
-    recent = _kept.recent
     arrays = (k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale)
     options = (layout, on_invalid, k_format, v_format)
-    for entry in recent:
-        *known, descriptor = entry
-        if all(map(_is, options, known)) and descriptor.latest(*arrays, stream):
-            if entry is not recent[0]:
-                _kept.found(entry)
-            return
-    _kept.run(arrays, options, stream)
+    if not _kept.run_recent(arrays, options, stream):
+        _kept.run(arrays, options, stream)
 
 
 def _create(*arrays_and_options: Any) -> GatherDescriptor:
