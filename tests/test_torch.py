@@ -346,3 +346,20 @@ def test_opcheck_in_a_format(op):
         more = {"layout": "NHD", "k_scale": scale, "v_scale": scale.clone()}
         passed = torch.library.opcheck(operator, arguments, more)
         assert set(passed.values()) == {"SUCCESS"}
+
+
+def test_tensors_past_their_memory_are_refused(op):
+    """As inductor makes them where code takes a slice and then views it in another dtype."""
+    import pagedcache.torch
+
+    cache, other = (torch.zeros(5, 4, 3, 8) for _ in "kv")
+    rows, slots = torch.ones(6, 3, 8), torch.arange(6)
+    op(cache, other, rows, rows, slots, "NHD")
+    other.untyped_storage().resize_(5 * 4 * 3 * 8 * 4 - 1)
+    for call in (
+        lambda: op(cache, other, rows, rows, slots, "NHD"),
+        lambda: pagedcache.torch.paged_gather(other, None, slots, rows, None, "NHD"),
+    ):
+        with pytest.raises(pc.PagedCacheError, match="must not reach past its memory"):
+            call()
+    assert (cache.reshape(20, 3, 8)[:6] == 1).all()
