@@ -689,7 +689,7 @@ WRONG = [
     (
         lambda: quant(kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD),
         NotImplementedError,
-        "kv_quant_mode must be one of 'int8_per_token_head', 'fp8_per_token_head', got <KVQuant",
+        "kv_quant_mode must be one of 'int8_per_token_head', 'fp8_per_token_head', got 'INT4",
     ),
     (lambda: quant(kv_quant_mode=3), NotImplementedError, "kv_quant_mode must be one of"),
     (

@@ -229,14 +229,16 @@ class RowsImplementation(Planned):
 
         `first`, `second` and `third` are the rows by token and the slots, in the order of `names`.
         """
-        bits = (
-            k_cache & 15
-            | (v_cache & 15) << 4
-            | (first & 15) << 8
-            | (second & 15) << 12
-            | (third & 15) << 16
-            | ((k_scale | v_scale) & 3) << 20
-        )
+        bits = 0
+        if (k_cache | v_cache | first | second | third) & 15 or (k_scale | v_scale) & 3:
+            bits = (
+                k_cache & 15
+                | (v_cache & 15) << 4
+                | (first & 15) << 8
+                | (second & 15) << 12
+                | (third & 15) << 16
+                | ((k_scale | v_scale) & 3) << 20
+            )
         plans = self._plans.get(bits)
         plan = None if plans is None else plans.get(tokens)
         if plan is None:

@@ -18,6 +18,7 @@ from pagedcache.compat.common import (
 )
 from pagedcache.dtypes import E4M3, F32, I8, U8, Dtype
 from pagedcache.operators.one_call import Kept
+from pagedcache.operators.paged_caching import one_call
 from pagedcache.operators.paged_caching.descriptor import Descriptor
 from pagedcache.operators.paged_caching.info import PagedCachingInfo
 from pagedcache.operators.paged_caching.one_call import paged_caching
@@ -150,27 +151,9 @@ def triton_reshape_and_cache_flash_per_token_head_quant(
     scale of vLLM's may differ in its last bit, and then, rarely, a code by one. A row with a NaN
     gets the scale of its other elements.
     """
-    name = _per_token_head(key_cache, kv_quant_mode)
-    for subject, scale, of, cache in (
-        ("k_scale_cache", k_scale_cache, "key_cache", key_cache),
-        ("v_scale_cache", v_scale_cache, "value_cache", value_cache),
-    ):
-        shape, wanted = adopt(subject, scale).shape, adopt(of, cache).shape[:3]
-        if shape != wanted:  # others would be scales that are read
-            rule = f"must have the shape {wanted}, the first three axes of {of}"
-            raise BadTensorShapeError(subject, rule, f"shape {shape}")
-    paged_caching(
-        key_cache,
-        value_cache,
-        key,
-        value,
-        slot_mapping,
-        k_scale=k_scale_cache,
-        v_scale=v_scale_cache,
-        k_format=name,
-        v_format=name,
-        layout="NHD",
-    )
+    mode = getattr(kv_quant_mode, "name", kv_quant_mode)
+    arrays = (key_cache, value_cache, key, value, slot_mapping, k_scale_cache, v_scale_cache)
+    run_kept(_rows, arrays, (mode,))
 
 
 def per_token_head_views(
@@ -370,6 +353,20 @@ def _create_cells(*arrays: Any) -> Descriptor:
     )
 
 
+def _create_rows(*arrays_and_mode: Any) -> Descriptor:
+    """Check what calls for arrays like these need not check again."""
+    *arrays, mode = arrays_and_mode
+    name = _per_token_head(arrays[0], mode)
+    for letter, of, scale in (("k", "key", arrays[5]), ("v", "value", arrays[6])):
+        shape = adopt(f"{letter}_scale_cache", scale).shape
+        wanted = adopt(f"{of}_cache", arrays["kv".index(letter)]).shape[:3]
+        if shape != wanted:  # others would be scales that are read
+            rule = f"must have the shape {wanted}, the first three axes of {of}_cache"
+            raise BadTensorShapeError(f"{letter}_scale_cache", rule, f"shape {shape}")
+    return one_call._create(*arrays, "NHD", "skip", name, name)
+
+
+_rows = Kept(Descriptor, _create_rows)
 _cells = Kept(Descriptor, _create_cells)
 
 
