@@ -262,3 +262,18 @@ def test_under_compute_sanitizer(tool):
     done = sanitized(tool, SANITIZED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done" in done.stdout
+
+
+def test_explain_reads_what_torch_has_queued(cupy):
+    torch = pytest.importorskip("torch")
+    cache = torch.zeros(20, 16, 8, 128, device="cuda", dtype=torch.int8)
+    other, scale = torch.zeros_like(cache), torch.ones(1, device="cuda")
+    k, slots = torch.full((4, 8, 128), 5.0, device="cuda"), torch.arange(4, device="cuda")
+    scales = {"k_scale": scale, "v_scale": scale}
+    write = pc.Descriptor.create(cache, other, k, k, slots, **scales, layout="NHD")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        write.calculate(cache, other, k, k, slots, **scales)
+        [found] = write.explain(2, k_cache=cache, k_scale=scale, head=7, dim=127).elements
+    assert (found.code, found.scale, found.value) == (5, 1.0, 5.0)
