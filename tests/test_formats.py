@@ -1013,3 +1013,19 @@ def test_powers_of_two(compiler, source):
         pc.Descriptor(info, info.rules.expected(described), device).calculate(**arrays)
         assert np.array_equal(scale[:, 0, 0], wanted.astype(np.float32))
         assert np.array_equal(cache.view(np.uint8).reshape(300, 2, 128), codes)
+
+
+@pytest.mark.parametrize("letter", "kv")
+def test_rows_that_kernels_cannot_count(compiler, letter):
+    """A descriptor for such a head is refused; nothing of that size is there."""
+    size = {"k": 8, "v": 8, letter: 2**29}
+    described = {"slot_mapping": pc.TensorDescriptor("int64", (2,))}
+    for each in "kv":
+        described |= {
+            f"{each}_cache": pc.TensorDescriptor("int8", (2, 2, 1, size[each])),
+            each: pc.TensorDescriptor("float32", (2, 1, size[each])),
+            f"{each}_scale": pc.TensorDescriptor("float32", (2, 2, 1)),
+        }
+    info = pc.PagedCachingInfo.create(**described, layout="NHD")
+    with pytest.raises(NotImplementedError, match=f"{letter}_cache must have at most 2147483647 b"):
+        pc.Descriptor(info, info.rules.expected(described), HostDevice(compiler))

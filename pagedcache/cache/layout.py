@@ -10,6 +10,9 @@ LAYOUTS = {
     "NHD": ("num_blocks", "block_size", "num_kv_heads", "head_size"),
 }
 
+SIZES = {"k": "head_size", "v": "v_head_size"}
+"""What the last axis of K and of V is called."""
+
 
 def resolve_layout(
     layout: object,

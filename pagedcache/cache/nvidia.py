@@ -34,6 +34,7 @@ TYPE_NAMES = {
 }  # fmt: skip
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
 COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER = range(6)  # as in rows.cuh
+MOST_ROW = 2**31 - 1  # bytes of a row by token, which the kernels count in 32 bits
 MOST_ELEMENTS = 16
 NARROWER = (4, 1)  # elements, for addresses that do not allow what strides do
 MOST_LANES = 32
@@ -171,6 +172,11 @@ class RowsImplementation(Planned):
         if rows.num_slots > MOST:
             rule = f"must have at most {MOST} slots on a GPU"
             raise NotSupportedError("k_cache", rule, rows.num_slots)
+        for side in rows.sides:
+            row = side.head_size * rows.dtype.itemsize
+            if row > MOST_ROW:
+                rule = f"must have at most {MOST_ROW} bytes of K or V in a head on a GPU"
+                raise NotSupportedError(f"{side.letter}_cache", rule, row)
         self._rows = rows
         # Addresses are known only at each call, and allow what the strides allow, four elements (as
         # in vLLM's pages, where 4 bytes of a scale are between K and V), or the least.
@@ -320,8 +326,8 @@ class _Kernel:
         most = min(MOST - largest, limits.max_grid_x * fewest) // in_token(STEPS[0][3])
         self.most_rows = most // TILE * TILE or most
         if not most:
-            rule = f"must have at most {limits.max_grid_x * fewest} threads' work in a token"
-            raise NotSupportedError("k_cache", rule, f"that of {in_token(STEPS[0][3])}")
+            rule = f"must need at most {limits.max_grid_x * fewest} threads for a token on a GPU"
+            raise NotSupportedError("k_cache", rule, in_token(STEPS[0][3]))
         tile = tile_of(rows) if most >= TILE else 1
 
         def grid(threads: int, ahead: bool, most: int, tile: int) -> Grid:

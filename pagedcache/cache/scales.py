@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pagedcache.cache.layout import LAYOUTS
+from pagedcache.cache.layout import LAYOUTS, SIZES
 from pagedcache.status import BadParamError, BadTensorShapeError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def scale_axes(
     if stored.is_float:
         rule = f"must be None, because {letter}_cache stores {stored.name}, which takes no scale"
         raise BadParamError(name, rule, f"an array of shape {scale.shape}")
-    size = "head_size" if letter == "k" else "v_head_size"
+    size = SIZES[letter]
     rows = LAYOUTS[layout][:3]
     shape = scale.shape
     for granularity, axes in (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from pagedcache.cache.formats import CACHE_DTYPES, SOURCE_DTYPES, Format, resolve_format
-from pagedcache.cache.layout import LAYOUTS
+from pagedcache.cache.layout import LAYOUTS, SIZES
 from pagedcache.cache.scales import WRITTEN, resolve_scale, scale_axes
 from pagedcache.cache.sides import Side
 from pagedcache.dtypes import F32, I32, I64, Dtype, names
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pagedcache.tensors import TensorDescriptor
 
 SLOT_DTYPES = (I64, I32)
-SIZES = {"k": "head_size", "v": "v_head_size"}
-"""What the last axis is called."""
 
 
 def cache_rule(letter: str, layout: str, stored: Format | None = None, *, written: bool) -> Rule:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pagedcache.arrays.addresses import check_address
 from pagedcache.arrays.find import adopt
-from pagedcache.cache.explain import SlotExplanation, StoredElement, read_element
+from pagedcache.cache.explain import CacheInfo, SlotExplanation, StoredElement, read_element
 from pagedcache.cache.layout import LAYOUTS
 from pagedcache.operators.base import Info, Operation
 from pagedcache.status import BadParamError, BadParamTypeError, InvalidSlotError, shown
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pagedcache.tensors import Tensor
 
 
-class SlotInfo(Info, Protocol):
+class SlotInfo(Info, CacheInfo, Protocol):
     """What is known about the tensors of an operation on slots."""
 
     @property
@@ -45,22 +45,6 @@ class SlotInfo(Info, Protocol):
     @property
     def num_blocks(self) -> int:
         """Blocks of the caches."""
-
-    @property
-    def num_slots(self) -> int:
-        """Capacity of the cache in tokens."""
-
-    @property
-    def block_size(self) -> int:
-        """Slots in a block."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads."""
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """K, and V if there is V."""
 
 
 SlotInfoT = TypeVar("SlotInfoT", bound=SlotInfo)

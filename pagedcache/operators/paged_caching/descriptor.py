@@ -92,8 +92,8 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
             ``"NHD"``, ``[num_blocks, block_size, num_kv_heads]``): a token's row in a head; with
             one more axis of ``head_size / n``: `n` neighbouring elements of such a row. These are
             computed and written: ``scale = max(amax / most, 1e-6)``, where `most` is 448, 57344,
-            127 or 7, and ``x * (1 / scale)`` is stored (so is a scale of one element, if the cache
-            has one row). Any strides, so scales may be beside the
+            127 or 7, and ``x * (1 / scale)`` is stored. In a cache of a single row, one element in
+            such a shape is computed too. Any strides, so scales may be beside the
             rows or inside them, but they must share no memory with a cache.
         k_format, v_format : str, optional
             How K and V are stored: ``"float16"``, ``"bfloat16"``, ``"float32"``,
