@@ -266,15 +266,26 @@ def test_a_memcpy_moves_the_bytes_of_the_operator(scale, dtype):
         copied = list(case.memcpys(i))
         assert [size for *_, size in copied] == list(axes.copied)
         assert 2 * sum(size for *_, size in copied) == moved
-        for (cache, first, rows, size), given in zip(copied, case.sets[i], strict=False):
+        for (cache, to, rows, at, size), given in zip(copied, case.sets[i], strict=False):
             assert rows is given
-            assert first + size <= cache.nbytes
+            assert at == 0
+            assert to + size <= cache.nbytes
             assert size <= rows.nbytes
     # The copy: K and V as they are, over the cache in turn.
     plain = Case(Axes(64, 2, 64, 32, dtype=dtype), np, 1024, 1)
     for i, (k, v, _) in enumerate(plain.sets):
-        assert [each[2:] for each in plain.memcpys(i)] == [(k, k.nbytes), (v, v.nbytes)]
+        assert [each[2:] for each in plain.memcpys(i)] == [(k, 0, k.nbytes), (v, 0, v.nbytes)]
         assert [each[1] for each in plain.memcpys(i)] == [i * k.nbytes, i * v.nbytes]
+
+
+def test_a_memcpy_in_place_of_a_gather_leaves_the_caches_alone():
+    case = Case(Axes(64, 2, 64, 32, operator="gather"), np, 1024, 1)
+    for i, (k, v) in enumerate(case.outputs):
+        found = list(case.memcpys(i))
+        pairs = zip(found, ((k, case.k_cache), (v, case.v_cache)), strict=True)
+        assert all(to == 0 and target is out and source is cache
+                   for (target, to, source, *_), (out, cache) in pairs)  # fmt: skip
+        assert [at for *_, at, _ in found] == [i * k.nbytes, i * v.nbytes]
 
 
 def test_blocks_are_filled_in_order():

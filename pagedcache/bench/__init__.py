@@ -190,9 +190,9 @@ def _on_gpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     graphs: dict[str, Graph] = {}
 
     def copy(i: int) -> None:
-        for cache, first, rows, size in case.memcpys(i):
-            place = cache.data.ptr + first
-            cupy.cuda.runtime.memcpyAsync(place, rows.data.ptr, size, 3, stream.ptr)
+        for target, to, source, at, size in case.memcpys(i):
+            places = target.data.ptr + to, source.data.ptr + at
+            cupy.cuda.runtime.memcpyAsync(*places, size, 3, stream.ptr)
 
     device.synchronize()
     graphs[MEMCPY] = Graph(copy, len(case.sets), stream, guess, in_a_row)
@@ -223,8 +223,8 @@ def _on_cpu(axes: Axes, arguments: argparse.Namespace) -> dict[str, Any]:
     case = Case(axes, np, arguments.num_slots or 4 * axes.tokens, 1 << 26)
     copies = [
         [
-            (_as_bytes(cache)[first : first + size], _as_bytes(np.ascontiguousarray(rows))[:size])
-            for cache, first, rows, size in case.memcpys(i)
+            (_as_bytes(target)[to : to + size], _as_bytes(source)[at : at + size])
+            for target, to, source, at, size in case.memcpys(i)
         ]
         for i in range(len(case.sets))
     ]
@@ -258,7 +258,7 @@ def _copy(axes: Axes) -> list[tuple[str, Any]]:
 
 
 def _as_bytes(array: Any) -> Any:
-    return array.reshape(-1).view(np.uint8)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _print_table(rows: list[dict[str, Any]], operator: str = "write") -> None:

@@ -285,22 +285,27 @@ class Case:
         for array in arrays:
             array.view(f"u{array.dtype.itemsize}")[...] = 0
 
-    def memcpys(self, index: int) -> Iterator[tuple[Any, int, Any, int]]:
+    def memcpys(self, index: int) -> Iterator[tuple[Any, int, Any, int, int]]:
         """Yield what memcpys of `Axes.copied` in the place of set `index` copy.
 
         Yields
         ------
         target : array
-        first : int
+        to : int
             The byte of the target to begin at.
         source : array
+        at : int
+            The byte of the source to begin at.
         size : int
             In bytes.
         """
         caches = (self.plain.k_cache, self.plain.v_cache)
-        for cache, rows, size in zip(caches, self.sets[index], self.axes.copied, strict=False):
-            # Over the whole cache in turn, as a write does, not to a place that stays in L2.
-            yield cache, index * size % (cache.nbytes - size + 1) // 256 * 256, rows, size
+        gathers = self.axes.operator == "gather"
+        outside = (self.outputs if gathers else self.sets)[index]
+        for cache, rows, size in zip(caches, outside, self.axes.copied, strict=False):
+            # Over the whole cache in turn, as the operator does, not at a place that stays in L2.
+            place = index * size % (cache.nbytes - size + 1) // 256 * 256
+            yield (rows, 0, cache, place, size) if gathers else (cache, place, rows, 0, size)
 
     def is_right(self, index: int) -> bool:
         """Return whether the operator did set `index`, bit for bit."""
