@@ -51,11 +51,11 @@ __device__ __forceinline__ float multiplyAdd(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
 __device__ __forceinline__ float multiplyQuickly(float a, float b) { return __fmul_rn(a, b); }
-// Toward zero.
-__device__ __forceinline__ float divideDown(float a, float b) {
-  float quotient;
-  asm("div.rz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
-  return quotient;
+// divide(1, a), in fewer instructions.
+__device__ __forceinline__ float reciprocalOf(float a) {
+  float result;
+  asm("rcp.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
 }
 // The larger one; if one is a NaN, the other.
 __device__ __forceinline__ float larger(float a, float b) {
@@ -105,11 +105,7 @@ inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
 inline float multiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float multiplyQuickly(float a, float b) { return a * b; }
-inline float divideDown(float a, float b) {
-  // Of finite positive numbers.
-  const float quotient = a / b;
-  return multiplyAdd(quotient, b, -a) > 0 ? asFloat(asBits(quotient) - 1) : quotient;
-}
+inline float reciprocalOf(float a) { return 1.0f / a; }
 inline float larger(float a, float b) { return b > a || a != a ? b : a; }
 inline float magnitude(float a) { return asFloat(asBits(a) & 0x7fffffffu); }
 inline int rounded(float a) {
@@ -157,8 +153,9 @@ struct Quotients {
 
   __device__ __forceinline__ explicit Quotients(float by) : divisor(by) {
     usual = by >= 0x1p-40f && by <= 0x1p40f;
-    reciprocal = divide(1.0f, by);
-    high = divideDown(1.0f, by);
+    reciprocal = reciprocalOf(by);
+    // One less where it was rounded up, so that no product below is a zero of the other sign.
+    high = asFloat(asBits(reciprocal) - (multiplyAdd(-reciprocal, by, 1.0f) < 0.0f));
     low = multiply(multiplyAdd(-high, by, 1.0f), reciprocal);
   }
 
@@ -176,6 +173,19 @@ struct Quotients {
     return right;
   }
 };
+
+// Quotients by what the largest element of a row becomes in a format, likewise, of numbers from 0
+// to infinity. Those below the smallest normal number may be off.
+template <typename Format>
+__device__ __forceinline__ float divideByMost(float value) {
+  constexpr double kExact = 1.0 / Format::kMost;
+  constexpr float kReciprocal = static_cast<float>(kExact);
+  constexpr float kLow = static_cast<float>(kExact - kReciprocal);
+  const float first = multiplyAdd(value, kReciprocal, multiplyQuickly(value, kLow));
+  const float beyond = multiplyAdd(first, Format::kMost, -value);
+  const float quotient = multiplyAdd(-beyond, kReciprocal, first);
+  return isNan(quotient) ? value : quotient;
+}
 
 // Rounds float32 to `kMantissa` bits after the point, ties to even, for a format whose exponents
 // are `kBias` less; the result is at most `kMost`, whose bits are those of a float32.
@@ -260,15 +270,31 @@ struct E5M2 {
 
 #undef PAGEDCACHE_TWO_VALUES
 
+// Two integers, saturated and put below what `word` holds.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+#define PAGEDCACHE_PUSH(bits)                           \
+  asm("cvt.pack.sat.s" #bits ".s32.b32 %0, %1, %2, %0;" \
+      : "+r"(word)                                      \
+      : "r"(rounded(second)), "r"(rounded(first)));     \
+  return word
+#else
+#define PAGEDCACHE_PUSH(bits) \
+  return word << 2 * bits | saturated<bits>(second) << bits | saturated<bits>(first)
+template <int kBits>
+__device__ __forceinline__ unsigned int saturated(float value) {
+  constexpr int kMost = (1 << (kBits - 1)) - 1;
+  const int whole = rounded(value);
+  const int within = whole > kMost ? kMost : whole < -kMost - 1 ? -kMost - 1 : whole;
+  return static_cast<unsigned int>(within) & ((1u << kBits) - 1);
+}
+#endif
+
 struct I8 {
   static constexpr int kBits = 8;
   static constexpr float kMost = 127.0f;
-  __device__ __forceinline__ static unsigned int one(float value) {
-    const int whole = rounded(value);
-    return static_cast<unsigned int>(whole < -128 ? -128 : whole > 127 ? 127 : whole) & 0xffu;
-  }
-  __device__ __forceinline__ static unsigned int two(float first, float second) {
-    return one(first) | one(second) << 8;
+  __device__ __forceinline__ static unsigned int push(unsigned int word, float first,
+                                                      float second) {
+    PAGEDCACHE_PUSH(8);
   }
   __device__ __forceinline__ static float value(unsigned int code) {
     return static_cast<float>(static_cast<int>(code << 24) >> 24);
@@ -278,17 +304,16 @@ struct I8 {
 struct I4 {
   static constexpr int kBits = 4;
   static constexpr float kMost = 7.0f;
-  __device__ __forceinline__ static unsigned int one(float value) {
-    const int whole = rounded(value);
-    return static_cast<unsigned int>(whole < -8 ? -8 : whole > 7 ? 7 : whole) & 0xfu;
-  }
-  __device__ __forceinline__ static unsigned int two(float first, float second) {
-    return one(first) | one(second) << 4;
+  __device__ __forceinline__ static unsigned int push(unsigned int word, float first,
+                                                      float second) {
+    PAGEDCACHE_PUSH(4);
   }
   __device__ __forceinline__ static float value(unsigned int code) {
     return static_cast<float>(static_cast<int>(code << 28) >> 28);
   }
 };
+
+#undef PAGEDCACHE_PUSH
 
 // The types of K and V can be stored too. F16 and BF16 hold a NaN as all ones but the sign, as the
 // processor's conversions make it.
@@ -349,6 +374,15 @@ template <>
 constexpr bool hasTwoValues<E5M2> = true;
 template <typename T>
 constexpr bool hasTwoValues<FormatOf<T>> = hasTwoValues<T>;
+
+template <typename Format>
+constexpr bool isInteger = false;
+template <>
+constexpr bool isInteger<I8> = true;
+template <>
+constexpr bool isInteger<I4> = true;
+template <typename T>
+constexpr bool isInteger<FormatOf<T>> = isInteger<T>;
 
 // Consecutive elements of a row as a thread holds them: kBytes of memory in words of 4.
 template <int kBytes>
@@ -461,15 +495,28 @@ __device__ __forceinline__ void decode(const Packed<kPackedBytes<Format, kElemen
   }
 }
 
+// Puts the codes of two values below what `word` holds; of one value in a format of 32 bits.
+template <typename Format>
+__device__ __forceinline__ unsigned int pushed(unsigned int word, float first, float second) {
+  if constexpr (isInteger<Format>) {
+    return Format::push(word, first, second);
+  } else if constexpr (Format::kBits < 16) {
+    return word << 2 * Format::kBits | Format::two(first, second);
+  } else {
+    return Format::two(first, second);
+  }
+}
+
 template <typename Format, int kElements>
 __device__ __forceinline__ Packed<kPackedBytes<Format, kElements>> encode(
     const float (&values)[kElements]) {
   constexpr int kBits = Format::kBits, kStep = kBits == 32 ? 1 : 2;
   Packed<kPackedBytes<Format, kElements>> packed = {};
 #pragma unroll
-  for (int i = 0; i < kElements; i += kStep) {
+  for (int i = (kElements - 1) / kStep * kStep; i >= 0; i -= kStep) {
     const float second = kElements > 1 && kStep > 1 ? values[(i + 1) % kElements] : 0.0f;
-    packed.words[i * kBits / 32] |= Format::two(values[i], second) << i * kBits % 32;
+    unsigned int& word = packed.words[i * kBits / 32];
+    word = pushed<Format>(word, values[i], second);
   }
   return packed;
 }

@@ -33,16 +33,20 @@ __device__ __forceinline__ void gatherRows(const PagedGatherParameters& p, const
                                            const char* cache, char* out, const char* scales,
                                            bool reports) {
   using Target = FormatOf<T>;
-  constexpr int kFrom = kPackedBytes<Format, kElements>;
-  constexpr int kTo = kPackedBytes<Target, kElements>;
+  // A thread takes its elements in parts, all of which are stored by one access each. Those of
+  // neighbouring threads are next to each other, so that whole 32-byte sectors are written.
+  constexpr int kParts =
+      kPackedBytes<Target, kElements> > 16 ? kPackedBytes<Target, kElements> / 16 : 1;
+  constexpr int kPart = kElements / kParts;
+  constexpr int kFrom = kPackedBytes<Format, kPart>;
+  constexpr int kTo = kPackedBytes<Target, kPart>;
   // Two elements of int4 are a byte, but their targets may be at addresses of one element.
   constexpr bool kApart = kFrom == 1;
 
   const Place at(p.grid, side);
   if (at.token >= p.call.tokens) return;
   const Slot* const slot_at = static_cast<const Slot*>(p.call.slot_mapping) + at.token;
-  const long long vector = at.in_row;
-  out += inToken(side.rows, at) + vector * kTo;
+  out += inToken(side.rows, at);
   if (kAhead && at.in_row == 0 && at.head == 0) prefetch(slot_at);
 
   waitForKernelAhead();
@@ -57,29 +61,41 @@ __device__ __forceinline__ void gatherRows(const PagedGatherParameters& p, const
   }
   const unsigned int from = static_cast<unsigned int>(slot);
   const unsigned int block = p.slots.block_size.divide(from);
-  cache += inSlot(side.cache, at.head, from, block) + vector * kFrom;
-  const Packed<kFrom> held = loadPacked<kFrom>(cache);
-  if constexpr (kMode == kCopied) {
-    storePacked<kFrom>(out, held);
-  } else {
-    float scale = 1.0f;
-    if constexpr (kMode != kConverted) scales += inSlot(side.scales, at.head, from, block);
-    if constexpr (kMode == kScaled) {
-      const long long group = side.per_group.divide(at.in_row);
-      scale = *reinterpret_cast<const float*>(scales + group * side.group_stride);
-    }
-    float values[kElements];
-    decode<Format>(held, values);
+  cache += inSlot(side.cache, at.head, from, block);
+  if constexpr (kMode == kScaled || kMode == kScaledElements) {
+    scales += inSlot(side.scales, at.head, from, block);
+  }
+  Packed<kFrom> held[kParts];
+  float scale[kParts];
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      if constexpr (kMode == kScaled) values[i] = multiply(values[i], scale);
-      if constexpr (kMode == kScaledElements) {
-        const long long group = side.per_group.divide(at.in_row * kElements + i);
-        const char* const one = scales + group * side.group_stride;
-        values[i] = multiply(values[i], *reinterpret_cast<const float*>(one));
-      }
+  for (int i = 0; i < kParts; ++i) {
+    const unsigned int part = at.in_row + i * side.threads;
+    held[i] = loadPacked<kFrom>(cache + static_cast<long long>(part) * kFrom);
+    if constexpr (kMode == kScaled) {
+      const long long group = side.per_group.divide(part);
+      scale[i] = *reinterpret_cast<const float*>(scales + group * side.group_stride);
     }
-    storeElements<Target, kElements, kApart>(out, encode<Target>(values));
+  }
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const unsigned int part = at.in_row + i * side.threads;
+    char* const to = out + static_cast<long long>(part) * kTo;
+    if constexpr (kMode == kCopied) {
+      storePacked<kTo>(to, held[i]);
+    } else {
+      float values[kPart];
+      decode<Format>(held[i], values);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) {
+        if constexpr (kMode == kScaled) values[j] = multiply(values[j], scale[i]);
+        if constexpr (kMode == kScaledElements) {
+          const long long group = side.per_group.divide(part * kPart + j);
+          const char* const one = scales + group * side.group_stride;
+          values[j] = multiply(values[j], *reinterpret_cast<const float*>(one));
+        }
+      }
+      storeElements<Target, kPart, kApart>(to, encode<Target>(values));
+    }
   }
 }
 

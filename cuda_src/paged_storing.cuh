@@ -40,6 +40,67 @@ __device__ __forceinline__ float largestOf(float value, unsigned int lanes) {
   return value;
 }
 
+// The elements of a thread. A vector is taken in parts of up to 16 elements, which are as far apart
+// as the unit has vectors: so those of neighbouring threads are next to each other, and whole
+// 32-byte sectors are written.
+template <typename Source, typename Format, int kElements>
+struct Vectors {
+  static constexpr int kPart = kElements < 16 ? kElements : 16;
+  static constexpr int kParts = kElements / kPart;
+  static constexpr int kFrom = kPackedBytes<Source, kPart>;
+  static constexpr int kTo = kPackedBytes<Format, kPart>;
+  // Two elements of int4 are a byte, but their sources may be at addresses of one element.
+  static constexpr bool kApart = kTo == 1;
+
+  Packed<kFrom> parts[kParts];
+
+  __device__ __forceinline__ static void prefetchAll(const char* from, unsigned int vector,
+                                                     unsigned int vectors) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const unsigned int at = (i * vectors + vector) * kFrom;
+      if (at % kLine < kFrom) prefetch(from + at);
+    }
+  }
+  __device__ __forceinline__ void load(const char* from, unsigned int vector,
+                                       unsigned int vectors) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      parts[i] = loadElements<Source, kPart, kApart>(from + (i * vectors + vector) * kFrom);
+    }
+  }
+  __device__ __forceinline__ void copy(char* to, unsigned int vector, unsigned int vectors) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      storePacked<kFrom>(to + (i * vectors + vector) * kFrom, parts[i]);
+    }
+  }
+  __device__ __forceinline__ float largest() const {
+    float most = 0.0f;
+#pragma unroll
+    for (const auto& part : parts) {
+      float values[kPart];
+      decode<Source>(part, values);
+#pragma unroll
+      for (const float value : values) most = larger(most, magnitude(value));
+    }
+    return most;
+  }
+  // Stores what `change` makes of the values of each part, of which it is told the number.
+  template <typename Change>
+  __device__ __forceinline__ void store(char* to, unsigned int vector, unsigned int vectors,
+                                        bool valid, const Change& change) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float values[kPart];
+      decode<Source>(parts[i], values);
+      change(values, i * vectors + vector);
+      const auto codes = encode<Format>(values);
+      if (valid) storePacked<kTo>(to + (i * vectors + vector) * kTo, codes);
+    }
+  }
+};
+
 // The slow path: one division for each element, for scales and values that Quotients rejects. It
 // loads and stores them one by one, which takes few registers.
 template <typename Source, typename Format, int kElements>
@@ -55,95 +116,110 @@ __device__ __forceinline__ void storeOneByOne(const char* from, char* cache, flo
   }
 }
 
+// The scale of a unit whose largest magnitude is `most`.
+template <typename Format, bool kPower>
+__device__ __forceinline__ float scaleOf(float most) {
+  const float scale = divideByMost<Format>(most);
+  if constexpr (!kPower) return larger(scale, 1e-6f);
+  return asFloat((asBits(larger(scale, 1e-4f)) + 0x7fffffu) & 0x7f800000u);
+}
+
 template <typename T, typename Slot, typename Format, int kMode, int kElements, bool kAhead>
 __device__ __forceinline__ void storeRows(const PagedStoringParameters& p, const RowsSide& side,
                                           const char* from, char* cache, char* scales,
                                           bool reports) {
   using Source = FormatOf<T>;
-  constexpr int kFrom = kPackedBytes<Source, kElements>;
-  constexpr int kTo = kPackedBytes<Format, kElements>;
-  // Two elements of int4 are a byte, but their sources may be at addresses of one element.
-  constexpr bool kApart = kTo == 1;
+  using Held = Vectors<Source, Format, kElements>;
   constexpr bool kComputes = kMode == kComputed || kMode == kComputedPower;
 
   const Place at(p.grid, side);
   if (at.token >= p.call.tokens) return;
-  const unsigned int lane = at.in_row & (side.lanes - 1);
-  const unsigned int unit = at.in_row >> side.lane_bits;
-  const unsigned int first = unit * side.vectors_per_unit;
+  // Unless scales are computed, a unit is a row.
+  const unsigned int lane = kComputes ? at.in_row & (side.lanes - 1) : at.in_row;
+  const unsigned int unit = kComputes ? at.in_row >> side.lane_bits : 0;
+  const unsigned int vectors = kComputes ? side.vectors_per_unit : side.threads;
+  const bool first_of_token = at.in_row == 0 && at.head == 0;
   const Slot* const slot_at = static_cast<const Slot*>(p.call.slot_mapping) + at.token;
-  from += inToken(side.rows, at) + static_cast<long long>(first) * kFrom;
+  from += inToken(side.rows, at) +
+          static_cast<long long>(unit * vectors) * kPackedBytes<Source, kElements>;
   scales += at.head * side.scales.head_stride;
-  const bool has_vector = lane < side.vectors_per_unit;
+  const bool has_vector = lane < vectors;
   if (kAhead) {
-    if (at.in_row == 0 && at.head == 0) prefetch(slot_at);
-    if (has_vector && (first + lane) * kFrom % kLine < kFrom) prefetch(from + lane * kFrom);
+    if (first_of_token) prefetch(slot_at);
+    if (has_vector) Held::prefetchAll(from, lane, vectors);
   }
 
   waitForKernelAhead();
   if (!kAhead) letNextKernelStart();
-  const long long slot = *slot_at;
-  Packed<kFrom> held = {};
-  if (has_vector) held = loadElements<Source, kElements, kApart>(from + lane * kFrom);
+  // All loads are under way before the slot is needed, so only stores may depend on it.
+  long long slot = *slot_at;
+  Held held = {};
+  if (has_vector) held.load(from, lane, vectors);
   float scale = 1.0f;
   if constexpr (kMode == kScaled) scale = *reinterpret_cast<const float*>(scales);
   // As unsigned, padding (any negative slot) is past the end too.
-  if (static_cast<unsigned long long>(slot) >= p.slots.count) {
-    if (reports && slot >= 0 && at.in_row == 0 && at.head == 0) {
-      report(p.report, p.first_token + at.token, slot);
-    }
-    return;
-  }
-  const unsigned int to = static_cast<unsigned int>(slot);
+  const bool valid = static_cast<unsigned long long>(slot) < p.slots.count;
+  const unsigned int to = valid ? static_cast<unsigned int>(slot) : 0;
   const unsigned int block = p.slots.block_size.divide(to);
-  cache += inSlot(side.cache, at.head, to, block) + static_cast<long long>(first) * kTo;
+  long long store_at = inSlot(side.cache, at.head, to, block) +
+                       static_cast<long long>(unit * vectors) * kPackedBytes<Format, kElements>;
+  keep(store_at);  // or it would be computed anew in each branch
+  cache += store_at;
   if constexpr (kComputes) {
-    float values[kElements];
-    float most = 0.0f;
-    for (unsigned int i = lane; i < side.vectors_per_unit; i += side.lanes) {
-      decode<Source>(i == lane ? held : loadElements<Source, kElements, kApart>(from + i * kFrom),
-                     values);
+    float most = held.largest();
+#pragma unroll 1
+    for (unsigned int i = lane + side.lanes; i < vectors; i += side.lanes) {
+      Held more;
+      more.load(from, i, vectors);
+      most = larger(most, more.largest());
+    }
+    scale = scaleOf<Format, kMode == kComputedPower>(largestOf(most, side.lanes));
+    // The head's part is in `scales` already.
+    long long scale_at = inSlot(side.scales, 0, to, block) + unit * side.group_stride;
+    keep(scale_at);
+    if (valid && lane == 0) *reinterpret_cast<float*>(scales + scale_at) = scale;
+    const float factor = reciprocalOf(scale);
+    const auto scaled = [=](float (&values)[Held::kPart], unsigned int) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) most = larger(most, magnitude(values[j]));
+      for (float& value : values) value = multiply(value, factor);
+    };
+    if (has_vector) held.store(cache, lane, vectors, valid, scaled);
+#pragma unroll 1
+    for (unsigned int i = lane + side.lanes; i < vectors; i += side.lanes) {
+      Held more;
+      more.load(from, i, vectors);
+      more.store(cache, i, vectors, valid, scaled);
     }
-    most = largestOf(most, side.lanes);
-    scale = divide(most, Format::kMost);
-    if constexpr (kMode == kComputedPower) {
-      scale = asFloat((asBits(larger(scale, 1e-4f)) + 0x7fffffu) & 0x7f800000u);
-    } else {
-      scale = larger(scale, 1e-6f);
+  } else if constexpr (kMode == kCopied) {
+    if (valid) held.copy(cache, lane, vectors);
+  } else if constexpr (kMode == kConverted) {
+    held.store(cache, lane, vectors, valid, [](float (&)[Held::kPart], unsigned int) {});
+  } else if constexpr (kMode == kScaledElements) {
+    held.store(cache, lane, vectors, valid, [&](float (&values)[Held::kPart], unsigned int part) {
+#pragma unroll
+      for (int i = 0; i < Held::kPart; ++i) {
+        const long long element = static_cast<long long>(part) * Held::kPart + i;
+        const char* const one = scales + element * side.group_stride;
+        values[i] = divide(values[i], *reinterpret_cast<const float*>(one));
+      }
+    });
+  } else {
+    const Quotients quotients(scale);
+    bool right = true;
+    held.store(cache, lane, vectors, valid, [&](float (&values)[Held::kPart], unsigned int) {
+      right = quotients.of(values) && right;
+    });
+    if (valid && !right) {  // what was stored is replaced
+#pragma unroll 1
+      for (unsigned int part = lane; part < Held::kParts * vectors; part += vectors) {
+        storeOneByOne<Source, Format, Held::kPart>(from + part * Held::kFrom,
+                                                   cache + part * Held::kTo, scale);
+      }
     }
-    if (lane == 0) {
-      // The head's part is in `scales` already.
-      scales += inSlot(side.scales, 0, to, block) + unit * side.group_stride;
-      *reinterpret_cast<float*>(scales) = scale;
-    }
-    scale = divide(1.0f, scale);
   }
-  for (unsigned int i = lane; i < side.vectors_per_unit; i += side.lanes) {
-    if (kComputes && i != lane) held = loadElements<Source, kElements, kApart>(from + i * kFrom);
-    if constexpr (kMode == kCopied) {
-      storePacked<kFrom>(cache + i * kTo, held);
-    } else {
-      float values[kElements];
-      decode<Source>(held, values);
-      if constexpr (kMode == kScaled) {
-        if (!Quotients(scale).of(values)) {
-          storeOneByOne<Source, Format, kElements>(from + i * kFrom, cache + i * kTo, scale);
-          continue;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) {
-        if constexpr (kComputes) values[j] = multiply(values[j], scale);
-        if constexpr (kMode == kScaledElements) {
-          const long long element = static_cast<long long>(first + i) * kElements + j;
-          const char* const one = scales + element * side.group_stride;
-          values[j] = divide(values[j], *reinterpret_cast<const float*>(one));
-        }
-      }
-      storePacked<kTo>(cache + i * kTo, encode<Format>(values));
-    }
+  keep(slot);  // compared anew, so that the report is not a branch before the stores
+  if (reports && first_of_token && slot >= static_cast<long long>(p.slots.count)) {
+    report(p.report, p.first_token + at.token, slot);
   }
 }
 

@@ -16,10 +16,10 @@ struct RowsSide {
   CacheRows scales;  // 0 where the slot does not matter
   long long group_stride;
   Divisor threads_per_row;
-  Divisor per_group;              // vectors in a group, or elements where each has its scale
-  unsigned int threads;           // in a row
-  unsigned int lanes;             // threads that share a unit, a power of two up to 32
-  unsigned int lane_bits;         // its logarithm
+  Divisor per_group;       // parts of a gather in a group, or elements where each has its scale
+  unsigned int threads;    // in a row
+  unsigned int lanes;      // threads that share a unit, a power of two up to 32
+  unsigned int lane_bits;  // its logarithm
   unsigned int vectors_per_unit;  // a unit is what has one scale, if that is computed; or a vector
 };
 

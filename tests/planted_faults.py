@@ -34,6 +34,7 @@ DEFINITION = f"{HOST}test_kernel_writes_what_the_definition_says"
 FORMATS = "test_formats.py::"
 BY_DEFINITION = f"{FORMATS}test_cpu_does_what_the_definition_says"
 AS_ON_CPU = f"{FORMATS}test_the_kernel_does_what_the_cpu_does"
+IN_PARTS = f"{FORMATS}test_a_thread_with_several_parts"
 SM_90 = "test_kernel_compiles.py::test_every_instance_compiles[90]"
 SLOTS = "test_invalid_slots.py"
 ARRAYS, BAD_INPUT, DEVICE = "test_arrays.py", "test_bad_input.py::test_arrays", "test_device.py"
@@ -1043,8 +1044,8 @@ FAULTS = (
     Fault(
         "a scale that is computed has no smallest value on a GPU",
         STORING,
-        "scale = larger(scale, 1e-6f);",
-        "",
+        "return larger(scale, 1e-6f);",
+        "return scale;",
         (AS_ON_CPU,),
     ),
     Fault(
@@ -1057,8 +1058,85 @@ FAULTS = (
     Fault(
         "vectors past the first of a thread are left out",
         STORING,
-        "for (unsigned int i = lane; i < side.vectors_per_unit; i += side.lanes) {\n    if (kComp",
-        "for (unsigned int i = lane; i == lane; i += side.lanes) {\n    if (kComp",
+        "      more.store(cache, i, vectors, valid, scaled);\n",
+        "",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "vectors past the first of a thread do not take part in the largest value",
+        STORING,
+        "      most = larger(most, more.largest());\n",
+        "",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "parts of a vector are next to each other in the cache",
+        STORING,
+        "to + (i * vectors + vector) * kTo, codes",
+        "to + (vector * kParts + i) * kTo, codes",
+        (IN_PARTS,),
+    ),
+    Fault(
+        "an invalid slot's token is written to slot 0",
+        STORING,
+        "      if (valid) storePacked<kTo>",
+        "      storePacked<kTo>",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "an invalid slot's scale is written to slot 0",
+        STORING,
+        "if (valid && lane == 0)",
+        "if (lane == 0)",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "the last part of a vector alone says whether the quotients are right",
+        STORING,
+        "right = quotients.of(values) && right;",
+        "right = quotients.of(values);",
+        (IN_PARTS,),
+    ),
+    Fault(
+        "only the first part of a vector is divided again",
+        STORING,
+        "part < Held::kParts * vectors; part += vectors",
+        "part < vectors; part += vectors",
+        (IN_PARTS,),
+    ),
+    Fault(
+        "a reciprocal is not rounded down",
+        CONVERSIONS,
+        " - (multiplyAdd(-reciprocal, by, 1.0f) < 0.0f)",
+        "",
+        (FORMATS.rstrip(":"),),
+    ),
+    Fault(
+        "the scale of an infinite row is the least one",
+        CONVERSIONS,
+        "return isNan(quotient) ? value : quotient;",
+        "return quotient;",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "a scale is a product with the reciprocal, not a quotient",
+        CONVERSIONS,
+        "  const float quotient = multiplyAdd(-beyond, kReciprocal, first);\n",
+        "  const float quotient = multiplyQuickly(value, kReciprocal);\n",
+        (AS_ON_CPU,),
+    ),
+    Fault(
+        "the parts of a gather are next to each other",
+        GATHER,
+        "    char* const to = out + static_cast<long long>(part) * kTo;",
+        "    char* const to = out + static_cast<long long>(at.in_row * kParts + i) * kTo;",
+        (IN_PARTS,),
+    ),
+    Fault(
+        "the groups of a gather are counted in vectors, not in parts",
+        "pagedcache/cache/nvidia.py",
+        "part = min(elements, WIDEST // rows.dtype.itemsize)",
+        "part = elements",
         (AS_ON_CPU,),
     ),
     Fault(
@@ -1106,8 +1184,8 @@ FAULTS = (
     Fault(
         "a gather takes the scale of the first group",
         GATHER,
-        "side.per_group.divide(at.in_row)",
-        "0 * at.in_row",
+        "side.per_group.divide(part);",
+        "0 * part;",
         (AS_ON_CPU,),
     ),
     Fault(

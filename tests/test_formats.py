@@ -166,7 +166,7 @@ template <typename Format>
 void encodeAll(const float* values, unsigned int* codes, long count) {
   const unsigned int mask = (2u << (Format::kBits - 1)) - 1;
   for (long i = 0; i < count; ++i) {
-    const unsigned int both = Format::two(values[i], values[count - 1 - i]);
+    const unsigned int both = pagedcache::pushed<Format>(0, values[i], values[count - 1 - i]);
     codes[i] = both & mask;
     if (Format::kBits < 32) codes[count + i] = both >> Format::kBits % 32 & mask;
   }
@@ -764,8 +764,61 @@ def rows_for(*, size=128, v_size=128, token=1024, head=128, slot=1024, cache_hea
 )  # fmt: skip
 def test_elements_of_a_thread(changes, elements):
     """As many as every stride allows, of K; V is whole."""
-    assert rows_for(**changes).elements() == (elements, 16)
+    assert rows_for(**changes).elements(16) == (elements, 16)
     assert rows_for(**changes).elements(8) == (min(elements, 8), 8)
+
+
+def test_most_elements_of_a_thread():
+    """32, but no more than 64 bytes."""
+    assert rows_for().elements() == (32, 32)
+    assert rows_for(source="float32").elements() == (16, 16)
+    assert rows_for(v_size=112).elements() == (32, 16)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+@pytest.mark.parametrize(
+    "kinds", [("float8_e4m3fn", "int8"), ("int4", "float16"), ("int8", "int4")]
+)
+def test_a_thread_with_several_parts(compiler, kinds):
+    """As in large calls; with values in one part alone whose quotients are not the quick ones."""
+    rng = np.random.default_rng(0)
+    device = HostDevice(compiler, multiprocessors=0)
+    k = rng.standard_normal((7, 2, 128)).astype(ml_dtypes.bfloat16)
+    v = rng.standard_normal((7, 2, 64)).astype(k.dtype)
+    k[1, 0, 3] = v[2, 1, 1] = np.inf  # in the first part of the first thread
+    k[3, 1, 68] = v[4, 0, 33] = np.nan  # in its second part
+    arrays = {"slot_mapping": np.array([9, 3, 11, 0, 5, -1, 12])}
+    options = {"layout": "NHD"}
+    for letter, rows, kind in zip("kv", (k, v), kinds, strict=True):
+        stored = FORMATS[kind]
+        shape = (3, 4, 2, rows.shape[-1] // stored.packed)
+        arrays[f"{letter}_cache"] = np.zeros(shape, stored.dtype)
+        if stored.most < np.inf:
+            arrays[f"{letter}_scale"] = np.array([0.03], np.float32)
+        options[f"{letter}_format"] = kind
+    written = {name: array.copy() for name, array in arrays.items()}
+    tokens = {"k": k, "v": v}
+    info = pc.PagedCachingInfo.create(**described_of(written | tokens), **options)
+    write = pc.Descriptor(info, info.rules.expected(described_of(written | tokens)), device)
+    write.calculate(**addresses_of(written | tokens))
+    pc.paged_caching(**arrays, **tokens, **options)
+    assert all(written[name].tobytes() == array.tobytes() for name, array in arrays.items())
+    assert ", 32, " in device.launches[0][0]
+    outs = {"k_out": np.zeros_like(k), "v_out": np.zeros_like(v)}
+    read = {name: array.copy() for name, array in outs.items()}
+    info = pc.PagedGatherInfo.create(**described_of(written | read), **options)
+    gather = pc.GatherDescriptor(info, info.rules.expected(described_of(written | read)), device)
+    gather.calculate(**addresses_of(written | read))
+    pc.paged_gather(**arrays, **outs, **options)
+    assert all(read[name].tobytes() == array.tobytes() for name, array in outs.items())
+
+
+def described_of(arrays):
+    return {name: pc.TensorDescriptor(array.dtype, array.shape) for name, array in arrays.items()}
+
+
+def addresses_of(arrays):
+    return {name: array.ctypes.data for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("name", ["k_cache", "v_cache", "k", "v", "k_scale", "slot_mapping"])
@@ -792,7 +845,7 @@ def test_misaligned_addresses(compiler, name):
     addresses = [memory[each].ctypes.data + starts[each] for each in info.NAMES]
     at = info.NAMES.index(name)
     # Bytes that the address is moved by, and elements that a thread then takes.
-    for moved, count in ((0, 8), (8, 4), (4, 4), (2, 1), (1, 1), (0, 8), (2, 1)):
+    for moved, count in ((0, 32), (8, 4), (4, 4), (2, 1), (1, 1), (0, 32), (2, 1)):
         device.launches.clear()
         these = [address + moved * (i == at) for i, address in enumerate(addresses)]
         arguments = dict(zip(info.NAMES, these, strict=True))
@@ -801,7 +854,7 @@ def test_misaligned_addresses(compiler, name):
                 descriptor.calculate(**arguments)
             continue
         if name in ("k_scale", "slot_mapping"):
-            count = 8
+            count = 32
         elif name in ("k", "v") and moved == 4:
             count = 1
         descriptor.calculate(**arguments)

