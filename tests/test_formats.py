@@ -786,7 +786,8 @@ def test_a_thread_with_several_parts(compiler, kinds):
     k = rng.standard_normal((7, 2, 128)).astype(ml_dtypes.bfloat16)
     v = rng.standard_normal((7, 2, 64)).astype(k.dtype)
     k[1, 0, 3] = v[2, 1, 1] = np.inf  # in the first part of the first thread
-    k[3, 1, 68] = v[4, 0, 33] = np.nan  # in its second part
+    k[3, 1, 68] = v[4, 0, 33] = -np.inf  # in its second part
+    k[4, 0, 5] = v[6, 1, 40] = np.nan
     arrays = {"slot_mapping": np.array([9, 3, 11, 0, 5, -1, 12])}
     options = {"layout": "NHD"}
     for letter, rows, kind in zip("kv", (k, v), kinds, strict=True):
