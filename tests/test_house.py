@@ -17,6 +17,7 @@ FLOORS = (
     {"status", "locks", "display", "environment", "dtypes", "tensors", "rules", "plot"},
     {"arrays"},
     {"backend"},
+    {"expressions"},
     {"cache"},
     {"operators"},
     {"infiniop", "compat", "torch"},
