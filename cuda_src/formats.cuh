@@ -137,7 +137,7 @@ __device__ __forceinline__ bool isNan(float value) {
 
 // Divides by one number many times. The quotients are those of divide(), to the bit.
 //
-// An instruction that divides takes about thirty, and a thread divides sixteen elements, so it
+// An instruction that divides takes about thirty, and a thread divides up to 32 elements, so it
 // would be the arithmetic that bounds a large write. With the reciprocal known, five are enough:
 // `first` is off by half a unit in the last place and hardly more, so its remainder is exact, and
 // the last step rounds correctly (Markstein, IBM J. Res. Dev. 34, 1990, theorem on correctly
@@ -174,8 +174,8 @@ struct Quotients {
   }
 };
 
-// Quotients by what the largest element of a row becomes in a format, likewise, of numbers from 0
-// to infinity. Those below the smallest normal number may be off.
+// Quotients by what the largest element of a row becomes in a format, by the same method, for
+// numbers from 0 to infinity. Those below the smallest normal number may be off.
 template <typename Format>
 __device__ __forceinline__ float divideByMost(float value) {
   constexpr double kExact = 1.0 / Format::kMost;

@@ -41,8 +41,8 @@ __device__ __forceinline__ float largestOf(float value, unsigned int lanes) {
 }
 
 // The elements of a thread. A vector is taken in parts of up to 16 elements, which are as far apart
-// as the unit has vectors: so those of neighbouring threads are next to each other, and whole
-// 32-byte sectors are written.
+// as the unit has vectors: so those of neighbouring threads are next to each other, and in formats
+// of 8 and 4 bits whole 32-byte sectors are written.
 template <typename Source, typename Format, int kElements>
 struct Vectors {
   static constexpr int kPart = kElements < 16 ? kElements : 16;
@@ -86,7 +86,7 @@ struct Vectors {
     }
     return most;
   }
-  // Stores what `change` makes of the values of each part, of which it is told the number.
+  // Stores what `change` makes of the values of each part, which is also passed the part's number.
   template <typename Change>
   __device__ __forceinline__ void store(char* to, unsigned int vector, unsigned int vectors,
                                         bool valid, const Change& change) const {

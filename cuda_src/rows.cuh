@@ -20,7 +20,7 @@ struct RowsSide {
   unsigned int threads;    // in a row
   unsigned int lanes;      // threads that share a unit, a power of two up to 32
   unsigned int lane_bits;  // its logarithm
-  unsigned int vectors_per_unit;  // a unit is what has one scale, if that is computed; or a vector
+  unsigned int vectors_per_unit;  // a unit is what has one scale; only where scales are computed
 };
 
 // How the threads of a grid are distributed to rows, for K and V alike.

@@ -657,7 +657,27 @@ extern "C" long differing(const float* values, const float* by, long count, long
   }
   return found;
 }
+template <typename Format>
+long differingByMost(unsigned int step) {
+  long found = pagedcache::divideByMost<Format>(__builtin_inff()) != __builtin_inff();
+  for (unsigned int bits = 0; bits < 0x7f800000u; bits += step) {
+    const float value = pagedcache::asFloat(bits), wanted = value / Format::kMost;
+    const float quotient = pagedcache::divideByMost<Format>(value);
+    found += wanted > 1e-30f && pagedcache::asBits(quotient) != pagedcache::asBits(wanted);
+  }
+  return found;
+}
+extern "C" long differing_by_most(unsigned int step) {
+  using namespace pagedcache;
+  return differingByMost<E4M3>(step) + differingByMost<E5M2>(step) + differingByMost<I8>(step) +
+         differingByMost<I4>(step);
+}
 """
+
+
+def test_quotients_by_the_most_are_those_of_a_division(compiler):
+    """Of every 101st number, and of infinity; all of them were compared once."""
+    assert compiler.library("formats.cuh", (), QUOTIENTS).differing_by_most(101) == 0
 
 
 def test_quotients_are_those_of_a_division(compiler):
@@ -776,14 +796,19 @@ def test_most_elements_of_a_thread():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
+@pytest.mark.parametrize("shared_by", ["tensor", "token_head", "group"])
 @pytest.mark.parametrize(
     "kinds", [("float8_e4m3fn", "int8"), ("int4", "float16"), ("int8", "int4")]
 )
-def test_a_thread_with_several_parts(compiler, kinds):
-    """As in large calls; with values in one part alone whose quotients are not the quick ones."""
+def test_a_thread_with_several_parts(compiler, kinds, shared_by):
+    """As in large calls; with values in one part alone whose quotients are not the quick ones.
+
+    Where rows share a computed scale, a row has more vectors than a warp has threads.
+    """
     rng = np.random.default_rng(0)
     device = HostDevice(compiler, multiprocessors=0)
-    k = rng.standard_normal((7, 2, 128)).astype(ml_dtypes.bfloat16)
+    k = rng.standard_normal((7, 2, 1280 if shared_by == "token_head" else 128))
+    k = k.astype(ml_dtypes.bfloat16)
     v = rng.standard_normal((7, 2, 64)).astype(k.dtype)
     k[1, 0, 3] = v[2, 1, 1] = np.inf  # in the first part of the first thread
     k[3, 1, 68] = v[4, 0, 33] = -np.inf  # in its second part
@@ -795,7 +820,9 @@ def test_a_thread_with_several_parts(compiler, kinds):
         shape = (3, 4, 2, rows.shape[-1] // stored.packed)
         arrays[f"{letter}_cache"] = np.zeros(shape, stored.dtype)
         if stored.most < np.inf:
-            arrays[f"{letter}_scale"] = np.array([0.03], np.float32)
+            shapes = {"tensor": (1,), "token_head": (3, 4, 2)}
+            shape = shapes.get(shared_by, (3, 4, 2, rows.shape[-1] // 32))
+            arrays[f"{letter}_scale"] = np.full(shape, 0.03, np.float32)
         options[f"{letter}_format"] = kind
     written = {name: array.copy() for name, array in arrays.items()}
     tokens = {"k": k, "v": v}

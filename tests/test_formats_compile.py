@@ -97,7 +97,8 @@ def test_every_conversion_compiles(architecture, operator):
             re.DOTALL,
         )
         stack, registers = map(int, used.groups())
-        assert stack <= 8, expression  # of two registers, in E5M2 with 32 elements a thread
+        few = 8 if re.search(r"E5M2, 4, 32\b", expression) else 0  # two registers are too many
+        assert stack <= few, expression
         assert registers <= 64, expression
 
 

@@ -56,8 +56,8 @@ class Step(NamedTuple):
     Attributes
     ----------
     on_each : float
-        The most threads for K or for V that each multiprocessor has then. The last step is for
-        any more.
+        The most threads for K or for V on each multiprocessor. The last step takes everything
+        larger.
     threads : int
         In a block.
     ahead : bool
@@ -355,7 +355,8 @@ class _Kernel:
 
         def grid(step: Step) -> Grid:
             threads, elements = int(step.threads * scale), elements_of(step.elements)
-            # A tile that is not full would cost the smallest calls more than it saves.
+            # A tile that is not full would cost the smallest calls more than it saves; all that get
+            # ahead were measured without.
             tile = 1 if step.ahead or most < TILE else tile_of(rows)
             function = functions.get((elements, step.ahead)) or functions[elements, False]
             prepare = functools.partial(device.prepare, function, len(rows.sides), threads)

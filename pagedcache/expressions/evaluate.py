@@ -141,7 +141,10 @@ def _smaller(a: Array, b: Array) -> Array:
 
 
 def _power(a: Array, b: Array) -> Array:
-    return np.asarray(np.power(a.astype(np.float64), b.astype(np.float64)).astype(np.float32))
+    # Of a scalar exponent such as 0.5, NumPy makes a root, whose special values are others.
+    shape = np.broadcast_shapes((1,), a.shape, b.shape)
+    exponents = np.broadcast_to(b, shape).astype(np.float64, order="C")
+    return np.asarray(np.power(a.astype(np.float64), exponents).astype(np.float32))
 
 
 def _round(x: Array) -> Array:

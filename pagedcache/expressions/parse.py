@@ -241,7 +241,6 @@ class _Typer(_Marking):
     def __init__(self, expression: Expression, parameters: Mapping[str, Parameter]) -> None:
         self.subject, self.text = expression.subject, expression.text
         self._parameters = parameters
-        self._in_row_function = False
 
     def node(self, at: ast.expr) -> Node:
         match at:
@@ -290,16 +289,9 @@ class _Typer(_Marking):
         return Node("parameter", parameter.kind, indices, name)
 
     def _call(self, at: ast.expr, name: str, arguments: Sequence[ast.expr]) -> Node:
-        if not OPERATIONS[name].of_row:
-            if name == "at":
-                return Node("at", Kind.FLOAT, (self._whole(arguments[0]),))
-            return self._apply(at, name, arguments)
-        if self._in_row_function:
-            self.fail(at, f"has {name} inside of another row function")
-        self._in_row_function = True
-        found = self._apply(at, name, arguments)
-        self._in_row_function = False
-        return found
+        if name == "at":
+            return Node("at", Kind.FLOAT, (self._whole(arguments[0]),))
+        return self._apply(at, name, arguments)
 
     def _apply(self, at: ast.expr, name: str, arguments: Sequence[ast.expr]) -> Node:
         operation = OPERATIONS[name]

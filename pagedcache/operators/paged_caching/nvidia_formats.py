@@ -26,7 +26,7 @@ STEPS = (
     Step(1100, 128, True, 16),
     Step(math.inf, 128, False, 32),
 )
-# Where scales are computed, fewer threads share a row.
+# Where scales are computed, fewer threads share a row in small calls, so there are fewer shuffles.
 COMPUTING_STEPS = (
     Step(50, 64, True, 32),
     Step(200, 128, False, 16),
