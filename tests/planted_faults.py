@@ -48,6 +48,7 @@ KERNEL, COMMON = "cuda_src/paged_caching.cuh", "cuda_src/common.cuh"
 NVIDIA = "pagedcache/operators/paged_caching/nvidia.py"
 ON_CPU = "pagedcache/cache/cpu.py"
 BACKEND = "pagedcache/backend/nvidia"
+EXPRESSIONS, LANGUAGE = "pagedcache/expressions", "cuda_src/expressions.cuh"
 OPERATORS, ARRAY_LIBRARIES = "pagedcache/operators", "pagedcache/arrays"
 
 
@@ -1039,6 +1040,106 @@ FAULTS = (
         "k_cache, v_cache, k, v, slot_mapping, None, None, stream or 0)",
         "k_cache, v_cache, k, v, slot_mapping, None, None, stream)",
         (REGISTRY,),
+    ),
+    # Expressions
+    Fault(
+        "a call of anything is in the language",
+        f"{EXPRESSIONS}/parse.py",
+        "        if name not in FUNCTIONS:\n",
+        "        if False:\n",
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "an attribute is in the language",
+        f"{EXPRESSIONS}/parse.py",
+        "                return (test, body, other)\n",
+        "                return (test, body, other)\n"
+        "            case ast.Attribute(value):\n                return (value,)\n",
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "of a chain of comparisons only the last counts",
+        f"{EXPRESSIONS}/parse.py",
+        'self._all("and", [self._compared(at, *each) for each in pairs])',
+        'self._all("and", [self._compared(at, *each) for each in pairs][-1:])',
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "a mark is counted in bytes",
+        f"{EXPRESSIONS}/parse.py",
+        "start = len(encoded[: at.col_offset].decode())",
+        "start = at.col_offset",
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "an index that a condition rules out counts",
+        f"{EXPRESSIONS}/evaluate.py",
+        "return inside & np.where(test, yes, no)",
+        "return inside & yes & no",
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "a sum of a row goes from left to right",
+        f"{EXPRESSIONS}/evaluate.py",
+        '    "row_sum": lambda row: _pairs(row, np.add, 0.0),',
+        '    "row_sum": lambda row: np.add.accumulate(row, -1)[..., -1],',
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "a negative index reads from the end",
+        f"{EXPRESSIONS}/evaluate.py",
+        "good = (index >= 0) & (index < length)",
+        "good = (index >= -length) & (index < length)",
+        ("test_expressions.py",),
+    ),
+    Fault(
+        "a printed index may be negative",
+        LANGUAGE,
+        "inside = inside && each[i] >= 0 && each[i] < lengths[i];",
+        "inside = inside && each[i] < lengths[i];",
+        ("test_expressions_on_host.py",),
+    ),
+    Fault(
+        "a printed condition rules no index out",
+        f"{EXPRESSIONS}/cuda.py",
+        'f"{inside} && ({test} ? {yes} : {no})"',
+        'f"{inside} && {yes} && {no}"',
+        ("test_expressions_on_host.py",),
+    ),
+    Fault(
+        "halves are rounded to even on a GPU",
+        LANGUAGE,
+        "return magnitude(rest) >= 0.5f ?",
+        "return magnitude(rest) > 0.5f ?",
+        ("test_expressions_on_host.py",),
+    ),
+    Fault(
+        "a remainder of integers has the sign of the dividend on a GPU",
+        LANGUAGE,
+        "return quotient - (quotient * b != a && (a < 0) != (b < 0));",
+        "return quotient;",
+        ("test_expressions_on_host.py",),
+    ),
+    Fault(
+        "the larger of a number and a NaN is the NaN on a GPU",
+        LANGUAGE,
+        "return less(a, b) || isnan(a) ? b : a;",
+        "return less(a, b) ? b : a;",
+        ("test_expressions_on_host.py",),
+    ),
+    Fault(
+        "a difference flushes subnormal numbers on a GPU",
+        LANGUAGE,
+        "return pagedcache::add(a, negative(b));",
+        "return pagedcache::add(a, -b);",
+        ("test_expressions_compile.py::test_expressions_compile[90]",),
+    ),
+    Fault(
+        "a comparison flushes subnormal numbers on a GPU",
+        LANGUAGE,
+        'PAGEDCACHE_COMPARED(less, "setp.lt", <)',
+        "__device__ __forceinline__ bool less(float a, float b) { return a < b; }",
+        ("test_expressions_compile.py::test_expressions_compile[90]",),
     ),
     # Formats and scales
     Fault(

@@ -252,6 +252,7 @@ def test_a_large_power_takes_few_operations():
         ("x > 1", "must give a number for each element, not a truth value", "x > 1"),
         ("at(x)", "needs an integer for an index", "x"),
         ("9223372036854775808", "has an integer of more than 64 bits", "9223372036854775808"),
+        ("größe + x[0]", "has an index for x", "x[0]"),
         ("gäin * größe", "needs the parameter gäin", "gäin"),
         ("x + größe", "needs the parameter größe", "größe"),
     ],
