@@ -229,7 +229,7 @@ def test_a_large_power_takes_few_operations():
         ("'a'", "has a string, which is not in the language", "'a'"),
         ("1j", "has a complex number", "1j"),
         ("None", "has None, which is not in the language", "None"),
-        ("[x]", "has a list", "[x]"), ("lambda: x", "has a function of its own", "lambda: x"),
+        ("[x]", "has a list", "[x]"), ("lambda: x", "has a lambda", "lambda: x"),
         ("(y := x)", "has an assignment", "y := x"), ("f'{x}'", "has a string", "f'{x}'"),
         ("[i for i in x]", "has a comprehension", "[i for i in x]"),
         ("__import__('os')", "calls __import__, which is not in the language", "__import__"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pagedcache.expressions.tree import OPERATIONS, Kind, Node
+from pagedcache.expressions.tree import CONDITIONS, OPERATIONS, Kind, Node, decided
 
 _TYPES = {Kind.BOOL: "bool", Kind.INT: "Whole", Kind.FLOAT: "float"}
 _TRUE = "true"
@@ -137,13 +137,9 @@ __device__ __forceinline__ float {name}([[maybe_unused]] const Place& place,
         """Return whether the indices of the operands that matter are inside."""
         if all(inside == _TRUE for _, inside in operands):
             return _TRUE
-        if operation in ("where", "and", "or"):
+        if operation in CONDITIONS:
             (test, inside), *others = operands
-            if operation == "where":
-                (_, yes), (_, no) = others
-            else:
-                (_, more) = others[0]
-                yes, no = (more, _TRUE) if operation == "and" else (_TRUE, more)
+            yes, no = decided(operation, [each for _, each in others], _TRUE)
             return self._named("bool", f"{inside} && ({test} ? {yes} : {no})")
         parts = dict.fromkeys(inside for _, inside in operands if inside != _TRUE)
         return next(iter(parts)) if len(parts) == 1 else self._named("bool", " && ".join(parts))

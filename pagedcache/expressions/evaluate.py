@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedcache.expressions.tree import Kind, Node
+from pagedcache.expressions.tree import CONDITIONS, Kind, Node, decided
 
 Array = np.ndarray[Any, Any]
 
@@ -75,13 +75,9 @@ class _Evaluation:
     @staticmethod
     def _inside(operation: str, operands: list[tuple[Array, Array]]) -> Array:
         """Return whether all indices in the operands that matter are inside."""
-        if operation in ("where", "and", "or"):
+        if operation in CONDITIONS:
             (test, inside), *others = operands
-            if operation == "where":
-                (_, yes), (_, no) = others
-            else:
-                (_, more) = others[0]
-                yes, no = (more, _TRUE) if operation == "and" else (_TRUE, more)
+            yes, no = decided(operation, [each for _, each in others], _TRUE)
             return inside & np.where(test, yes, no)
         return functools.reduce(np.logical_and, (inside for _, inside in operands), _TRUE)
 

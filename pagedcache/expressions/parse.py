@@ -130,7 +130,7 @@ def parse(text: str, subject: str = "expression") -> Expression:
         start = min(max((error.offset or 1) - 1, 0), len(text) - 1)
         fail(f"is not a Python expression: {error.msg}", start, start + 1)
     except (ValueError, RecursionError, MemoryError):
-        fail("is not a Python expression that can be read")
+        fail("cannot be read as a Python expression")
     former = _Former(subject, text)
     former.visit(body, 1)
     return Expression(subject, text, body, tuple(former.parameters))
@@ -399,7 +399,7 @@ def _name_of(at: ast.expr) -> str:
         return "a string" if isinstance(value, (str, bytes)) else repr(value)
     known: dict[type[ast.expr], str] = {
         ast.Attribute: "an attribute",
-        ast.Lambda: "a function of its own",
+        ast.Lambda: "a lambda",
         ast.List: "a list",
         ast.Tuple: "a tuple",
         ast.Set: "a set",

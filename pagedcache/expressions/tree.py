@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Kind(enum.Enum):
@@ -127,6 +131,20 @@ OPERATIONS = FUNCTIONS | {
     "or": Operation(2, 2, Kind.BOOL, Kind.BOOL),
     "not": Operation(1, 1, Kind.BOOL, Kind.BOOL),
 }
+
+CONDITIONS = ("where", "and", "or")
+"""Operations whose first operand decides which of the others matter."""
+
+
+def decided(operation: str, others: Sequence[T], always: T) -> tuple[T, T]:
+    """Return what of the others matters if the first operand of a condition is true, and if not.
+
+    Where none of them does, `always` is returned.
+    """
+    if operation == "where":
+        return others[0], others[1]
+    return (others[0], always) if operation == "and" else (always, others[0])
+
 
 INDICES = ("dim", "head", "token", "slot", "block", "offset")
 """Where an element is: its dimension, KV head and token, and its slot, split into two."""
