@@ -23,9 +23,7 @@ __device__ __forceinline__ unsigned long long bitsOf(Whole value) {
 __device__ __forceinline__ float add(float a, float b) { return pagedcache::add(a, b); }
 __device__ __forceinline__ Whole add(Whole a, Whole b) { return wrapped(bitsOf(a) + bitsOf(b)); }
 __device__ __forceinline__ float negative(float a) { return asFloat(asBits(a) ^ 0x80000000u); }
-__device__ __forceinline__ float subtract(float a, float b) {
-  return pagedcache::add(a, negative(b));  // a minus sign may flush
-}
+__device__ __forceinline__ float subtract(float a, float b) { return pagedcache::subtract(a, b); }
 __device__ __forceinline__ Whole subtract(Whole a, Whole b) {
   return wrapped(bitsOf(a) - bitsOf(b));
 }
@@ -88,6 +86,12 @@ __device__ __forceinline__ float floor(float a) {
   const float whole = trunc(a);
   return less(a, whole) ? signedAs(pagedcache::add(whole, -1.0f), a) : whole;
 }
+// Toward zero; 0 for a NaN, and the nearest integer of 64 bits for what is too large.
+__device__ __forceinline__ Whole truncated(float a) {
+  if (magnitude(a) < 9223372036854775808.0f) return static_cast<Whole>(a);
+  if (isNan(a)) return 0;
+  return less(0.0f, a) ? 0x7fffffffffffffff : -0x7fffffffffffffff - 1;
+}
 __device__ __forceinline__ float ceil(float a) {
   const float whole = trunc(a);
   return less(whole, a) ? signedAs(pagedcache::add(whole, 1.0f), a) : whole;
@@ -132,6 +136,12 @@ __device__ __forceinline__ float pow2_ceil(float a) {
   return equal(a, 0.0f) ? 0.0f : asFloat(0x7fffffffu);
 }
 
+// Rounded to a type and back.
+__device__ __forceinline__ float float16(float a) { return fromF16(toF16(a)); }
+__device__ __forceinline__ float bfloat16(float a) {
+  return FloatFormat<BF16>::value(FloatFormat<BF16>::two(a, 0.0f) & 0xffffu);
+}
+
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float sqrt(float a) {
   float root;
@@ -162,6 +172,18 @@ __device__ __forceinline__ float power(float a, float b) {
 #endif
 }
 
+// A number among the parameters, which keeps subnormal numbers.
+__device__ __forceinline__ float numberOf(double value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(result) : "d"(value));
+  return result;
+#else
+  return static_cast<float>(value);
+#endif
+}
+__device__ __forceinline__ Whole numberOf(long long value) { return value; }
+
 // What an element of a parameter is as a value: float32, an integer of 64 bits, or a bool.
 __device__ __forceinline__ float valueOf(float stored) { return stored; }
 __device__ __forceinline__ float valueOf(F16 stored) { return fromF16(stored.bits); }
@@ -172,24 +194,70 @@ __device__ __forceinline__ Whole valueOf(long long stored) { return stored; }
 __device__ __forceinline__ Whole valueOf(int stored) { return stored; }
 __device__ __forceinline__ bool valueOf(bool stored) { return stored; }
 
-// A parameter with axes. An index that leaves it reads nothing, and is told.
-template <typename Stored, int kAxes>
+// A parameter with axes. An index that leaves it reads nothing, and is told; axes whose bit is not
+// in kChecked were checked by the host. Where the last axis has stride 1, aligned vectors of
+// kAccess elements may be read at once; else, kAccess is 0. kLast is the length of the last axis,
+// if that has to be known.
+template <typename Stored, int kAxes, int kAccess = 0, int kLast = 0>
 struct Array {
+  static constexpr int kLength = kLast;
+  using Value = decltype(valueOf(Stored()));
+
   const Stored* data;
   Whole lengths[kAxes];
   Whole strides[kAxes];  // in elements
 
-  template <typename... Indices>
-  __device__ __forceinline__ auto at(bool& inside, Indices... indices) const {
-    static_assert(sizeof...(Indices) == kAxes, "one index for each axis");
-    const Whole each[] = {indices...};
+  // Where an element is, or the first of an axis without an index.
+  template <unsigned int kChecked, typename... Indices>
+  __device__ __forceinline__ const Stored* find(bool& inside, Indices... indices) const {
+    const Whole each[] = {indices..., 0};
     Whole offset = 0;
 #pragma unroll
-    for (int i = 0; i < kAxes; ++i) {
-      inside = inside && each[i] >= 0 && each[i] < lengths[i];
+    for (int i = 0; i < static_cast<int>(sizeof...(Indices)); ++i) {
+      if (kChecked >> i & 1) inside = inside && each[i] >= 0 && each[i] < lengths[i];
       offset += each[i] * strides[i];
     }
-    return inside ? valueOf(data[offset]) : decltype(valueOf(*data))();
+    return data + offset;
+  }
+  template <unsigned int kChecked, typename... Indices>
+  __device__ __forceinline__ Value at(bool& inside, Indices... indices) const {
+    static_assert(sizeof...(Indices) == kAxes, "one index for each axis");
+    const Stored* const found = find<kChecked>(inside, indices...);
+    return inside ? valueOf(*found) : Value();
+  }
+  // The element whose last index is that of the place in its row.
+  template <unsigned int kChecked, typename Place, typename... Indices>
+  __device__ __forceinline__ Value along(const Place& place, bool& inside,
+                                         Indices... indices) const {
+    static_assert(sizeof...(Indices) == kAxes - 1, "an index for each axis but the last");
+    const Stored* const row = find<kChecked>(inside, indices...);
+    if (!inside) return Value();
+    if constexpr (kAccess == 0 || Place::kWidth == 1) {
+      return valueOf(row[place.dim * strides[kAxes - 1]]);
+    } else {
+      // All elements of a vector read the whole vector, of which the compiler makes one access.
+      float values[Place::kWidth];
+      vectorOf(row + (place.dim - place.in_vector), values);
+      return values[place.in_vector];
+    }
+  }
+  // Elements along the last axis of what `find` found.
+  template <int kWidth>
+  __device__ __forceinline__ void fetch(const Stored* row, unsigned int first,
+                                        float (&values)[kWidth]) const {
+    if constexpr (kAccess == 0) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) values[i] = valueOf(row[(first + i) * strides[kAxes - 1]]);
+    } else {
+      vectorOf(row + first, values);
+    }
+  }
+  // Elements from an address on, which are next to each other.
+  template <int kWidth>
+  __device__ __forceinline__ static void vectorOf(const Stored* from, float (&values)[kWidth]) {
+    using Format = FormatOf<Stored>;
+    decode<Format>(loadVector<Format, kWidth, kAccess>(reinterpret_cast<const char*>(from)),
+                   values);
   }
 };
 

@@ -36,6 +36,11 @@ __device__ __forceinline__ float add(float a, float b) {
   asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
   return sum;
 }
+__device__ __forceinline__ float subtract(float a, float b) {
+  float difference;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(difference) : "f"(a), "f"(b));
+  return difference;
+}
 __device__ __forceinline__ float multiply(float a, float b) {
   float product;
   asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
@@ -57,10 +62,22 @@ __device__ __forceinline__ float reciprocalOf(float a) {
   asm("rcp.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
+// The reciprocal of the root, within 2^-20 of it.
+__device__ __forceinline__ float reciprocalRootNear(float a) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(a));
+  return result;
+}
 // The larger one; if one is a NaN, the other.
 __device__ __forceinline__ float larger(float a, float b) {
   float result;
   asm("max.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+// The smaller one, likewise.
+__device__ __forceinline__ float smaller(float a, float b) {
+  float result;
+  asm("min.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 __device__ __forceinline__ float magnitude(float a) {
@@ -101,12 +118,15 @@ inline unsigned int asBits(float value) {
   return bits;
 }
 inline float add(float a, float b) { return a + b; }
+inline float subtract(float a, float b) { return a - b; }
 inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a / b; }
 inline float multiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float multiplyQuickly(float a, float b) { return a * b; }
 inline float reciprocalOf(float a) { return 1.0f / a; }
+inline float reciprocalRootNear(float a) { return 1.0f / __builtin_sqrtf(a); }
 inline float larger(float a, float b) { return b > a || a != a ? b : a; }
+inline float smaller(float a, float b) { return b < a || a != a ? b : a; }
 inline float magnitude(float a) { return asFloat(asBits(a) & 0x7fffffffu); }
 inline int rounded(float a) {
   if (a != a) return 0;
@@ -151,9 +171,10 @@ struct Quotients {
   float high, low;   // its leading bits, toward zero, and the rest
   bool usual;
 
-  __device__ __forceinline__ explicit Quotients(float by) : divisor(by) {
+  __device__ __forceinline__ explicit Quotients(float by) : Quotients(by, reciprocalOf(by)) {}
+  __device__ __forceinline__ Quotients(float by, float to_nearest)
+      : divisor(by), reciprocal(to_nearest) {
     usual = by >= 0x1p-40f && by <= 0x1p40f;
-    reciprocal = reciprocalOf(by);
     // One less where it was rounded up, so that no product below is a zero of the other sign.
     high = asFloat(asBits(reciprocal) - (multiplyAdd(-reciprocal, by, 1.0f) < 0.0f));
     low = multiply(multiplyAdd(-high, by, 1.0f), reciprocal);
@@ -476,10 +497,50 @@ __device__ __forceinline__ void storeElements(
   }
 }
 
+// Consecutive elements with accesses of kAccess elements each, or of all.
+template <typename Format, int kElements, int kAccess>
+__device__ __forceinline__ Packed<kPackedBytes<Format, kElements>> loadVector(const char* at) {
+  if constexpr (kAccess >= kElements) {
+    return loadPacked<kPackedBytes<Format, kElements>>(at);
+  } else {
+    constexpr int kOne = kPackedBytes<Format, kAccess>, kWords = (kOne + 3) / 4;
+    Packed<kPackedBytes<Format, kElements>> all = {};
+#pragma unroll
+    for (int i = 0; i < kElements / kAccess; ++i) {
+      const Packed<kOne> one = loadPacked<kOne>(at + i * kOne);
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        all.words[i * kOne / 4 + j] |= one.words[j] << i * kOne % 4 * 8;
+      }
+    }
+    return all;
+  }
+}
+
+template <typename Format, int kElements, int kAccess>
+__device__ __forceinline__ void storeVector(char* at,
+                                            const Packed<kPackedBytes<Format, kElements>>& packed) {
+  if constexpr (kAccess >= kElements) {
+    storePacked<kPackedBytes<Format, kElements>>(at, packed);
+  } else {
+    constexpr int kOne = kPackedBytes<Format, kAccess>, kWords = (kOne + 3) / 4;
+#pragma unroll
+    for (int i = 0; i < kElements / kAccess; ++i) {
+      Packed<kOne> one;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        one.words[j] = packed.words[i * kOne / 4 + j] >> i * kOne % 4 * 8;
+      }
+      storePacked<kOne>(at + i * kOne, one);
+    }
+  }
+}
+
 template <typename Format, int kElements>
 __device__ __forceinline__ void decode(const Packed<kPackedBytes<Format, kElements>>& packed,
                                        float (&values)[kElements]) {
   constexpr int kBits = Format::kBits;
+  static_assert(kElements == 1 || kElements % 2 == 0, "elements of 8 bits are decoded in pairs");
   if constexpr (hasTwoValues<Format> && kElements > 1) {
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) {

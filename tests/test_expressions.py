@@ -224,7 +224,7 @@ def test_a_large_power_takes_few_operations():
         ("x * gain", "must index gain with as many indices as it has axes: it has 1 axis, got 0",
          "gain"),
         ("gain[head, dim]", "it has 1 axis, got 2", "gain[head, dim]"),
-        ("gain[x]", "needs an integer for an index, got a number with a fraction; use //", "x"),
+        ("gain[x]", "needs an integer for an index, got a number with a fraction; use int(", "x"),
         ("x.real", "has an attribute, which is not in the language", "x.real"),
         ("'a'", "has a string, which is not in the language", "'a'"),
         ("1j", "has a complex number", "1j"),

@@ -6,17 +6,14 @@ from __future__ import annotations
 import random
 import re
 
-import numpy as np
 import pytest
 
 pytest.importorskip("cupy")
 
-from test_expressions import KINDS
-from test_expressions_on_host import DIMS, HARNESS, PARAMETERS, text_of
+from test_expressions_on_host import DIMS, HARNESS, PARAMETERS, random_tree
 from test_kernel_compiles import ARCHITECTURES, compile_for, nvrtc
 
 from pagedcache.backend.nvidia import source
-from pagedcache.expressions import Parameter, parse
 from pagedcache.expressions.cuda import printed
 
 KERNEL = """
@@ -36,8 +33,7 @@ def test_expressions_compile(architecture):
     if architecture not in nvrtc.getSupportedArchs():
         pytest.skip(f"NVRTC {nvrtc.getVersion()} does not make code for sm_{architecture}")
     rng = random.Random(architecture)
-    known = {name: Parameter(KINDS[v.dtype], np.ndim(v)) for name, v in PARAMETERS.items()}
-    members = {name: f"p{i}" for i, name in enumerate(PARAMETERS)}
+    members = {name: f"parameters.p{i}" for i, name in enumerate(PARAMETERS)}
     harness = HARNESS % {"dims": DIMS}
     harness = (
         harness[: harness.index("inline float combined")].replace(
@@ -48,13 +44,13 @@ def test_expressions_compile(architecture):
     parts = [source.read("expressions.cuh"), harness]
     names = []
     for i in range(40):
-        tree = parse(text_of(rng, "float", 1 + i % 3)).typed(known)
+        _, tree = random_tree(rng, 1 + i % 3)
         parts.append(KERNEL.format(text=printed(f"step{i}", tree, members).text, name=f"step{i}"))
         names.append(f"pagedcache::language::step{i}_all")
     _, _, ptx, _ = compile_for(architecture, "".join(parts), names)
     assert "fma." not in ptx
     assert ".approx" not in ptx
-    # Only what is compared with 0.5 or 2^23, and is converted to an integer, may be flushed.
+    # Only what is compared with 0.5, 2^23 or 2^63, and is converted to an integer, may be flushed.
     for line in re.findall(r"[^;]*\.ftz[^;]*;", ptx):
-        compared = re.search(r"setp\.\w+\.ftz\.f32[^;]*0f(4B000000|3F000000)", line)
-        assert compared or re.search(r"cvt\.rzi\.ftz\.s32\.f32", line), line
+        compared = re.search(r"setp\.\w+\.ftz\.f32[^;]*0f(4B000000|3F000000|5F000000)", line)
+        assert compared or re.search(r"cvt\.rzi\.ftz\.s(32|64)\.f32", line), line

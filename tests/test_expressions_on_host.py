@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import random
 import shutil
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from test_expressions import F32, KINDS
 
-from pagedcache.expressions import Parameter, parse
+from pagedcache.expressions import ExpressionError, Parameter, parse
 from pagedcache.expressions.cuda import printed
 from pagedcache.expressions.evaluate import _ROW_FUNCTIONS, Scope, evaluate
 from pagedcache.expressions.tree import OPERATIONS
@@ -29,6 +30,7 @@ PARAMETERS = {
 HARNESS = """
 namespace pagedcache { namespace language {
 struct Place {
+  static constexpr int kWidth = 1;
   float x;
   Whole dim, head, token, slot, block, offset;
   const float* row;
@@ -116,7 +118,8 @@ def text_of(rng, kind, depth):
             lambda: f"min({some('int')}, {some('int')})",
             lambda: f"max({some('int')}, {some('int')})",
             lambda: f"({some('int')} if {some('bool')} else {some('int')})",
-            lambda: f"class_[{some('int')}]", lambda: f"({some('int')}) ** 3",
+            lambda: f"class_[{some('int')}]", lambda: f"int({some('float')})",
+            lambda: f"({some('int')}) ** 3",
         ])  # fmt: skip
         return made()
     made = rng.choice([
@@ -135,7 +138,20 @@ def text_of(rng, kind, depth):
 
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
-EXACT = ("abs", "sqrt", "floor", "ceil", "rint", "round", "pow2_ceil")
+EXACT = ("abs", "sqrt", "floor", "ceil", "rint", "round", "pow2_ceil", "float16", "bfloat16")
+
+
+def random_tree(rng, depth):
+    """Return the text and the tree of a random expression whose axes have the right lengths."""
+    known = {
+        name: Parameter(KINDS[v.dtype], np.ndim(v), np.shape(v)) for name, v in PARAMETERS.items()
+    }
+    while True:
+        text = text_of(rng, "float", depth)
+        with contextlib.suppress(ExpressionError):
+            tree = parse(text).typed(known, {"dim": DIMS, "head": HEADS})
+            if parse(text).by_token <= {"class_"}:  # others have no entry for each token
+                return text, tree
 
 
 def exact(node):
@@ -173,14 +189,14 @@ def values():
 
 
 def compiled(compiler, trees):
-    members = {name: f"p{i}" for i, name in enumerate(PARAMETERS)}
+    members = {name: f"parameters.p{i}" for i, name in enumerate(PARAMETERS)}
     kinds = list(_ROW_FUNCTIONS)
     parts = [HARNESS % {"dims": DIMS}]
     for i, tree in enumerate(trees):
         name = f"step{i}"
         made = printed(name, tree, members)
         stages = "\n    ".join(
-            f"rows[{j}] = ofRow({kinds.index(row)}, places, *p, rows, "
+            f"rows[{j}] = ofRow({kinds.index(row.operation)}, places, *p, rows, "
             f"[](auto&... a) {{ return {name}_row{j}(a...); }});"
             for j, row in enumerate(made.rows)
         )
@@ -192,9 +208,7 @@ def compiled(compiler, trees):
 
 def test_what_is_printed_is_what_numpy_evaluates(compiler):
     rng, x = random.Random(0), values()
-    known = {name: Parameter(KINDS[v.dtype], np.ndim(v)) for name, v in PARAMETERS.items()}
-    texts = [text_of(rng, "float", 1 + i % 4) for i in range(300)]
-    trees = [parse(text).typed(known) for text in texts]
+    texts, trees = zip(*(random_tree(rng, 1 + i % 4) for i in range(300)), strict=True)
     library, struct = compiled(compiler, trees), parameters_struct()
     different = 0
     for i, (text, tree) in enumerate(zip(texts, trees, strict=True)):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pagedcache.expressions.tree import CONDITIONS, Kind, Node, decided
@@ -28,7 +29,8 @@ class Scope:
     Attributes
     ----------
     element : array
-        float32 ``[tokens, heads, head size]``: ``x``.
+        float32 ``[tokens, heads, head size]``: ``x``. Or ``[tokens, heads, groups, group size]``,
+        if row functions are about groups.
     indices : dict
         Arrays of int64 by name, of shapes that broadcast to that of `element`.
     parameters : dict
@@ -93,12 +95,15 @@ class _Evaluation:
                 return self._scope.indices[str(node.value)], inside
             case "parameter":
                 array = self._scope.parameters[str(node.value)]
+                if not values:
+                    return array, inside  # of one number, or of one for each row
                 within, inside = _within(values, array.shape, inside)
                 return np.asarray(array[within]), inside
             case "at":
-                within, inside = _within(values, shape[-1:], inside)
-                index = np.broadcast_to(within[0], shape)
-                return np.take_along_axis(self._scope.element, index, -1), inside
+                rows = self._scope.element.reshape(*shape[:2], -1)
+                within, inside = _within(values, rows.shape[-1:], inside)
+                index = np.broadcast_to(within[0], shape).reshape(rows.shape)
+                return np.take_along_axis(rows, index, -1).reshape(shape), inside
             case "convert":
                 return values[0].astype(dtype), inside
         if node.operation in _ROW_FUNCTIONS:
@@ -125,6 +130,19 @@ def _within(
 def _in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Return a function that rounds what it finds in float64, so that no processor matters."""
     return lambda x: function(x.astype(np.float64)).astype(np.float32)
+
+
+def _whole(x: Array) -> Array:
+    """Return integers, toward zero; 0 for a NaN, and the nearest there is for what is too large."""
+    most = np.float32(2**63)
+    usual = np.where(np.abs(x) < most, x, np.float32(0)).astype(np.int64)
+    limits = np.where(x > 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min)
+    return np.asarray(np.where(np.abs(x) >= most, limits, usual))
+
+
+def _through(dtype: np.dtype[Any]) -> Callable[[Array], Array]:
+    """Return a function that rounds to a float type and back."""
+    return lambda x: x.astype(dtype).astype(np.float32)
 
 
 def _larger(a: Array, b: Array) -> Array:
@@ -177,7 +195,7 @@ def _whole_remainder(a: Array, b: Array) -> Array:
     return np.subtract(a, np.multiply(b, _whole_quotient(a, b)))
 
 
-def _pairs(row: Array, combined: Callable[[Array, Array], Array], padding: float) -> Array:
+def pairs(row: Array, combined: Callable[[Array, Array], Array], padding: float) -> Array:
     """Combine neighbours first, whatever the length: ``(x0 + x1) + (x2 + x3)`` and so on."""
     length = 1 << (row.shape[-1] - 1).bit_length()
     padded = np.full((*row.shape[:-1], length), padding, np.float32)
@@ -188,14 +206,14 @@ def _pairs(row: Array, combined: Callable[[Array, Array], Array], padding: float
 
 
 def _row_mean(row: Array) -> Array:
-    return np.asarray(_pairs(row, np.add, 0.0) / np.float32(row.shape[-1]))
+    return np.asarray(pairs(row, np.add, 0.0) / np.float32(row.shape[-1]))
 
 
 _ROW_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "row_sum": lambda row: _pairs(row, np.add, 0.0),
+    "row_sum": lambda row: pairs(row, np.add, 0.0),
     "row_mean": _row_mean,
-    "row_max": lambda row: _pairs(row, _larger, np.nan),
-    "row_min": lambda row: _pairs(row, _smaller, np.nan),
+    "row_max": lambda row: pairs(row, _larger, np.nan),
+    "row_min": lambda row: pairs(row, _smaller, np.nan),
 }
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -217,6 +235,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pow2_ceil": _pow2_ceil,
     "where": np.where,
     "isnan": np.isnan,
+    "int": _whole,
+    "float16": _through(np.dtype(np.float16)),
+    "bfloat16": _through(np.dtype(ml_dtypes.bfloat16)),
     "add": np.add,
     "subtract": np.subtract,
     "multiply": np.multiply,

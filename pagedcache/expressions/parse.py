@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -54,6 +55,10 @@ class ExpressionError(BadParamError):
         super().__init__(subject, rule)
         self.text, self.start, self.stop = text, start, stop
 
+    def __reduce__(self) -> tuple[object, ...]:
+        subject, rule, *_ = self.args
+        return type(self), (subject, rule, self.text, self.start, self.stop)
+
     def __str__(self) -> str:
         mark = " " * self.start + "^" + "~" * (self.stop - self.start - 1)
         return f"{super().__str__()}\n    {self.text}\n    {mark}"
@@ -78,16 +83,65 @@ class Expression:
     body: ast.expr
     parameters: tuple[str, ...]
 
-    def typed(self, parameters: Mapping[str, Parameter]) -> Node:
+    @property
+    def by_token(self) -> frozenset[str]:
+        """Parameters whose first index is ``token``."""
+        firsts = ((name, indices[0]) for name, indices in self._subscripts() if name != "at")
+        return frozenset(
+            name for name, first in firsts if isinstance(first, ast.Name) and first.id == "token"
+        )
+
+    @property
+    def assumed(self) -> dict[str, Parameter]:
+        """What parameters are if nothing else is known: numbers, or integers inside an index."""
+        axes = {name: len(indices) for name, indices in self._subscripts()}
+        whole = {
+            node.id
+            for name, indices in self._subscripts()
+            for index in indices
+            for node in _outside_calls(index)
+        }
+        truths = {node.id for test in _tests(self.body) for node in _outside_calls(test)}
+        kinds = {**dict.fromkeys(truths, Kind.BOOL), **dict.fromkeys(whole, Kind.INT)}
+        return {
+            name: Parameter(kinds.get(name, Kind.FLOAT), axes.get(name, 0))
+            for name in self.parameters
+        }
+
+    def _subscripts(self) -> list[tuple[str, list[ast.expr]]]:
+        """Return each use of a parameter with indices, and each call of ``at``."""
+        found: list[tuple[str, list[ast.expr]]] = []
+        for node in ast.walk(self.body):
+            match node:
+                case ast.Subscript(ast.Name(name), index):
+                    found.append((name, index.elts if isinstance(index, ast.Tuple) else [index]))
+                case ast.Call(ast.Name("at"), arguments):
+                    found.append(("at", arguments))
+        return found
+
+    def fail(self, rule: str) -> NoReturn:
+        """Raise an `ExpressionError` about all of it."""
+        raise ExpressionError(self.subject, rule, self.text, 0, len(self.text))
+
+    def typed(
+        self, parameters: Mapping[str, Parameter], lengths: Mapping[str, int] | None = None
+    ) -> Node:
         """Return the tree for parameters of some kinds. Its kind is `Kind.FLOAT`.
+
+        Parameters
+        ----------
+        parameters : mapping of str to Parameter
+        lengths : mapping of str to int, optional
+            How many there are of ``dim`` and ``head``. An axis that is indexed by one of these must
+            have its length.
 
         Raises
         ------
         ExpressionError
             A parameter is missing, has another number of axes than indices, or is used as what it
-            is not; or the result is a truth value.
+            is not; an axis has another length; or the result is a truth value.
         """
-        typer = _Typer(self, parameters)
+        typer = _Typer(self, parameters, lengths or {})
         found = typer.node(self.body)
         if found.kind is Kind.BOOL:
             typer.fail(self.body, "must give a number for each element, not a truth value")
@@ -115,7 +169,8 @@ def parse(text: str, subject: str = "expression") -> Expression:
     text = text.strip()
 
     def fail(rule: str, start: int = 0, stop: int | None = None) -> NoReturn:
-        raise ExpressionError(subject, rule, text, start, max(stop or len(text), start + 1))
+        shown = " ".join(text.splitlines())
+        raise ExpressionError(subject, rule, shown, start, max(stop or len(text), start + 1))
 
     if len(text) > MOST_CHARACTERS:
         rule = f"must have at most {MOST_CHARACTERS} characters, got {len(text)}"
@@ -125,7 +180,9 @@ def parse(text: str, subject: str = "expression") -> Expression:
     if "\n" in text or "\r" in text or not text.isprintable():
         fail("must be one line of printable characters")
     try:
-        body = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python's, on style
+            body = ast.parse(text, mode="eval").body
     except SyntaxError as error:
         start = min(max((error.offset or 1) - 1, 0), len(text) - 1)
         fail(f"is not a Python expression: {error.msg}", start, start + 1)
@@ -134,6 +191,40 @@ def parse(text: str, subject: str = "expression") -> Expression:
     former = _Former(subject, text)
     former.visit(body, 1)
     return Expression(subject, text, body, tuple(former.parameters))
+
+
+def _outside_calls(at: ast.expr) -> list[ast.Name]:
+    """Return the names in an index that decide whether it is an integer."""
+    match at:
+        case ast.Name():
+            return [at]
+        case ast.Subscript(ast.Name() as name):
+            return [name]
+        case ast.BinOp(left, _, right):
+            return _outside_calls(left) + _outside_calls(right)
+        case ast.UnaryOp(_, operand):
+            return _outside_calls(operand)
+        case ast.IfExp(_, body, other):
+            return _outside_calls(body) + _outside_calls(other)
+        case ast.Call(ast.Name("min" | "max" | "abs"), arguments):
+            return [name for each in arguments for name in _outside_calls(each)]
+        case ast.Call(ast.Name("where"), [_, *arguments]):
+            return [name for each in arguments for name in _outside_calls(each)]
+    return []
+
+
+def _tests(body: ast.expr) -> list[ast.expr]:
+    """Return the parameters that are used as truth values, with their indices if they have any."""
+    found: list[ast.expr] = []
+    for node in ast.walk(body):
+        match node:
+            case ast.BoolOp(_, values):
+                found += values
+            case ast.UnaryOp(ast.Not(), operand):
+                found.append(operand)
+            case ast.IfExp(test, _, _) | ast.Call(ast.Name("where"), [test, *_]):
+                found.append(test)
+    return [each for each in found if isinstance(each, (ast.Name, ast.Subscript))]
 
 
 class _Marking:
@@ -160,8 +251,14 @@ class _Former(_Marking):
 
     def visit(self, at: ast.expr, depth: int) -> None:
         if depth > MOST_DEPTH:
-            self.fail(at, f"must be nested at most {MOST_DEPTH} deep")
-        for part in self._checked(at):
+            rule = (
+                f"must be nested at most {MOST_DEPTH} deep, where a + b + c counts as (a + b) + c"
+            )
+            self.fail(at, rule)
+        parts = self._checked(at)
+        if len(parts) > MOST_DEPTH:
+            self.fail(at, f"must have at most {MOST_DEPTH} operands here, got {len(parts)}")
+        for part in parts:
             self.visit(part, depth + 1)
 
     def _checked(self, at: ast.expr) -> Sequence[ast.expr]:
@@ -173,6 +270,8 @@ class _Former(_Marking):
             case ast.Name(name):
                 if name in FUNCTIONS:
                     self.fail(at, f"must call {name}: {name}(...)")
+                if name.startswith("_"):
+                    self.fail(at, "has a name that begins with an underscore")
                 if name != ELEMENT and name not in INDICES:
                     self.parameters[name] = None
                 return ()
@@ -196,6 +295,8 @@ class _Former(_Marking):
                 self._call(at, function, arguments, keywords)
                 return arguments
             case ast.Subscript(ast.Name(name), index):
+                if name.startswith("_"):
+                    self.fail(at, "has a name that begins with an underscore")
                 if name == ELEMENT or name in INDICES or name in FUNCTIONS:
                     rule = f"has an index for {name}, which takes none"
                     self.fail(at, rule + "; use at(d)" * (name == ELEMENT))
@@ -238,11 +339,23 @@ class _Former(_Marking):
 class _Typer(_Marking):
     """Turns the form of an expression into a tree whose operands have the kinds they need."""
 
-    def __init__(self, expression: Expression, parameters: Mapping[str, Parameter]) -> None:
+    def __init__(
+        self,
+        expression: Expression,
+        parameters: Mapping[str, Parameter],
+        lengths: Mapping[str, int],
+    ) -> None:
         self.subject, self.text = expression.subject, expression.text
-        self._parameters = parameters
+        self._parameters, self._lengths = parameters, lengths
+        self._known: dict[int, Node] = {}  # the middle of a comparison is asked for twice
 
     def node(self, at: ast.expr) -> Node:
+        found = self._known.get(id(at))
+        if found is None:
+            found = self._known[id(at)] = self._made(at)
+        return found
+
+    def _made(self, at: ast.expr) -> Node:
         match at:
             case ast.Constant(value):
                 return _constant(value)  # type: ignore[arg-type]
@@ -286,11 +399,18 @@ class _Typer(_Marking):
             axes = f"{parameter.ndim} axes" if parameter.ndim != 1 else "1 axis"
             rule = f"must index {name} with as many indices as it has axes: it has {axes}"
             self.fail(at, f"{rule}, got {len(indices)}")
+        for axis, (index, length) in enumerate(zip(indices, parameter.shape or (), strict=False)):
+            wanted = self._lengths.get(str(index.value)) if index.operation == "index" else None
+            if wanted is not None and length != wanted:
+                rule = f"indexes axis {axis} of {name} by {index.value}, so it must have a length"
+                self.fail(at, f"{rule} of {wanted}, got shape {parameter.shown_shape}")
         return Node("parameter", parameter.kind, indices, name)
 
     def _call(self, at: ast.expr, name: str, arguments: Sequence[ast.expr]) -> Node:
         if name == "at":
             return Node("at", Kind.FLOAT, (self._whole(arguments[0]),))
+        if name == "int" and (whole := self._number(arguments[0])).kind is Kind.INT:
+            return whole
         return self._apply(at, name, arguments)
 
     def _apply(self, at: ast.expr, name: str, arguments: Sequence[ast.expr]) -> Node:
@@ -339,7 +459,9 @@ class _Typer(_Marking):
     def _whole(self, at: ast.expr) -> Node:
         found = self._number(at)
         if found.kind is not Kind.INT:
-            self.fail(at, "needs an integer for an index, got a number with a fraction; use //")
+            self.fail(
+                at, "needs an integer for an index, got a number with a fraction; use int(...)"
+            )
         return found
 
     @staticmethod

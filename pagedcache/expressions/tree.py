@@ -28,10 +28,20 @@ class Parameter:
     kind : Kind
     ndim : int
         0 for a number.
+    shape : tuple or None
+        ``None`` for the length of an axis that is as long as there are tokens; ``None`` if nothing
+        is known.
     """
 
     kind: Kind
     ndim: int = 0
+    shape: tuple[int | None, ...] | None = None
+
+    @property
+    def shown_shape(self) -> str:
+        """The shape in words."""
+        lengths = ["tokens" if length is None else str(length) for length in self.shape or ()]
+        return f"({', '.join(lengths)}{',' * (len(lengths) == 1)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,9 @@ FUNCTIONS = {
     "pow2_ceil": Operation(),
     "where": Operation(3, 3, None, None),
     "isnan": Operation(1, 1, Kind.FLOAT, Kind.BOOL),
+    "int": Operation(gives=Kind.INT),
+    "float16": Operation(),
+    "bfloat16": Operation(),
     "row_sum": _OF_ROW,
     "row_mean": _OF_ROW,
     "row_max": _OF_ROW,
@@ -150,3 +163,15 @@ INDICES = ("dim", "head", "token", "slot", "block", "offset")
 """Where an element is: its dimension, KV head and token, and its slot, split into two."""
 
 ELEMENT = "x"
+
+WHOLE_AXES = ("dim", "head", "token")
+"""Indices that have a length of their own, which that of an axis can be compared with."""
+
+
+def is_checked(operand: Node, axis: int) -> bool:
+    """Return whether an index of a parameter has to be compared with the length of its axis.
+
+    Not if it is one of `WHOLE_AXES`, whose lengths agree. That of tokens can only be the first.
+    """
+    whole = operand.operation == "index" and operand.value in WHOLE_AXES
+    return not whole or (operand.value == "token" and axis > 0)
