@@ -33,6 +33,7 @@ struct RowsGrid {
 struct Slots {
   Divisor block_size;
   unsigned long long count;  // at most 2^31
+  long long in_block;
 };
 
 // What happens to the rows of K or V between the token and the slot.
@@ -42,6 +43,7 @@ constexpr int kScaled = 2;          // ... with a scale for each vector
 constexpr int kScaledElements = 3;  // ... with a scale for each element
 constexpr int kComputed = 4;        // ... with a scale for each unit, which is computed
 constexpr int kComputedPower = 5;   // ... and is a power of two
+constexpr int kQuantized = 6;       // codes and scales are what a step of the user's makes of them
 
 // The place of a thread.
 struct Place {

@@ -42,6 +42,8 @@ class Rule:
         Whether the last axis may have another stride than 1.
     packed : int
         How many elements of the last axis are stored in each element of the tensor.
+    in_place : str or None
+        The tensor that it may be itself, although it is written.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Rule:
     optional: bool = False
     any_stride: bool = False
     packed: int = 1
+    in_place: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ class Rules:
                 self._is_free(rule),
                 rule.written,
                 rule.written or rule.apart,
+                rule.in_place,
             )
 
         return tuple(map(of, self.tensors))
@@ -221,7 +225,7 @@ def row_step(shape: tuple[int, ...], strides: tuple[int, ...], unit: int = 1) ->
     """
     rows, *lengths = shape
     if not lengths:
-        return unit
+        return strides[0] if rows > 1 else unit
     one_row = unit + sum(
         (length - 1) * step for length, step in zip(lengths, strides[1:], strict=True)
     )

@@ -14,6 +14,7 @@ exception that a Python user would expect::
     |   |-- DestroyedError (RuntimeError)                   BAD_PARAM
     |   |-- RequiresGradError (RuntimeError)                BAD_PARAM
     |   |-- InvalidSlotError (IndexError)                   BAD_PARAM
+    |   |-- InvalidIndexError (IndexError)                  BAD_PARAM
     |   |-- DuplicateSlotError                              BAD_PARAM
     |   |-- NonFiniteError                                  BAD_PARAM
     |   |-- CacheOverlapError                               BAD_PARAM
@@ -162,6 +163,38 @@ class InvalidSlotError(BadParamError, IndexError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.token, self.slot, self.count, self.capacity, self._where)
+
+
+class InvalidIndexError(BadParamError, IndexError):
+    """An index in a step, such as a position, is outside the array that it is an index of.
+
+    Parameters
+    ----------
+    steps : {"q", "k", "v"}
+        Whose steps have it.
+    token : int
+        The first token with such an index.
+    count : int
+        How many rows could not be written for this, or because their slot was invalid.
+    where : str
+        What was counted.
+    """
+
+    def __init__(self, steps: str, token: int, count: int, where: str = "in this call") -> None:
+        super().__init__(steps, "")
+        self.steps, self.token, self.count = steps, token, count
+        self._where = where
+
+    def __str__(self) -> str:
+        rows = "row" if self.count == 1 else "rows"
+        return (
+            f"the steps of {self.steps} have an index, such as a position, that is outside its "
+            f"parameter at token {self.token}, so its row was not written ({self.count} invalid "
+            f"{rows} {self._where})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.steps, self.token, self.count, self._where)
 
 
 class DuplicateSlotError(BadParamError):

@@ -125,6 +125,7 @@ class Expected(NamedTuple):
     free: bool  # whether the first axis may have any length
     written: bool
     apart: bool  # whether it may share no memory with what is written
+    in_place: str | None = None  # the array that it may be itself
 
     def with_rows(self, count: int) -> Expected:
         """Return the same with a length of `count` for the first axis if that is free."""

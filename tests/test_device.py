@@ -486,7 +486,7 @@ def test_compiles_once_and_keeps_what_it_compiled(device, monkeypatch):
         assert device.compile("paged_caching.cuh", ("one", "two")) == [3000, 3001]
     assert [names for _, _, names in asked] == [("one", "two", TAKE), ("three", TAKE),
                                                 ("one", "two", TAKE)]  # fmt: skip
-    assert {options for _, options, _ in asked} == {("--std=c++17",)}
+    assert {options for _, options, _ in asked} == {("--std=c++17", "--fmad=false")}
     assert "#include" not in asked[2][0]
     assert device._take_report == 1002
     gc.collect()

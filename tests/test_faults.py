@@ -291,7 +291,7 @@ def test_nothing_is_compiled_while_a_stream_is_captured(device, monkeypatch):
     monkeypatch.setattr(device, "capturing", lambda stream: True)
     with pytest.raises(NotImplementedError, match=r"paged_caching.cuh .* pagedcache.warmup\(\)"):
         device.compile(nvidia_paged_caching.FILE, ("x",))
-    device._compiled[nvidia_paged_caching.FILE, ("x",)] = [SimpleNamespace(ptr=5)] * 2
+    device._compiled[nvidia_paged_caching.FILE, ("x",), ""] = [SimpleNamespace(ptr=5)] * 2
     assert device.compile(nvidia_paged_caching.FILE, ("x",)) == [5]
 
 

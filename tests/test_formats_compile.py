@@ -40,7 +40,7 @@ def instances(operator, turn):
     found = []
     for kind in SOURCES:
         sides = [
-            (nvidia.TYPE_NAMES[stored], mode, 2 if stored == "int4" else 1)
+            (nvidia.CUDA_NAMES[stored], mode, 2 if stored == "int4" else 1)
             for stored in FORMATS
             for mode in modes(stored, kind, operator)
         ]
@@ -49,7 +49,7 @@ def instances(operator, turn):
             most = nvidia.MOST_BYTES // as_dtype("dtype", kind).itemsize
             counts = [min(1 << (index + add) % 6, most) for add in (turn, index + turn + turn // 6)]
             found.append(
-                f"pagedcache::{operator}<pagedcache::{nvidia.TYPE_NAMES[kind]}, "
+                f"pagedcache::{operator}<pagedcache::{nvidia.CUDA_NAMES[kind]}, "
                 f"{nvidia.SLOT_NAMES[SLOTS[index % 2]]}, pagedcache::{name}, {mode}, "
                 f"{max(counts[0], packed)}, pagedcache::{other}, {other_mode}, "
                 f"{max(counts[1], other_packed)}, {str(index % 3 == 0).lower()}>"
@@ -115,5 +115,5 @@ def test_all_that_a_side_can_be_is_compiled():
             for mode in modes(stored, "float16", operator):
                 for elements in (1, 2, 4, 8, 16, 32):
                     if elements > 1 or stored != "int4":
-                        side = operator, nvidia.TYPE_NAMES[stored], str(mode), str(elements)
+                        side = operator, nvidia.CUDA_NAMES[stored], str(mode), str(elements)
                         assert side in seen

@@ -51,6 +51,10 @@ class Arguments(Protocol):
         """The array whose first axis has the number of rows. Free axes of others may be longer."""
 
     @property
+    def numbers(self) -> tuple[tuple[str, type], ...]:
+        """Names and types of numbers that follow the arrays."""
+
+    @property
     def present(self) -> list[tuple[int, Expected]]:
         """Those that are not ``None``, with their places among the arguments."""
 
@@ -80,7 +84,7 @@ def make_matcher(
     arrays : sequence of array, int or None
         Arrays that are as they must be.
     run : callable
-        Takes the number of rows, the addresses, and the handle of a stream.
+        Takes the number of rows, the addresses, the numbers, and the handle of a stream.
     current_stream : callable
         Returns the handle for a stream of ``None``.
     handle_of : callable
@@ -119,6 +123,10 @@ def make_matcher(
             address[one.name] = library.address(one.name)
             if one.name == counted_by:
                 count = library.rows(one, constants)
+    for name, kind in arguments.numbers:
+        conditions.append(f"type({name}) is {kind.__name__}")
+        if kind is int:
+            conditions.append(f"-0x8000000000000000 <= {name} <= 0x7fffffffffffffff")
     # Arrays of another library are refused sooner than they are counted.
     conditions.sort(key=lambda condition: "_count" in condition)
     uncounted = sum("_count" not in condition for condition in conditions)
@@ -131,6 +139,8 @@ def make_matcher(
         known = arguments.apart.setdefault((i, j), {})
         lines += _overlap_check(one, other, known, constants)
     addresses = tuple(f"_at_{name}" if name in address else "0" for name in names)
+    numbers = tuple(name for name, _ in arguments.numbers)
+    names, addresses = (*names, *numbers), (*addresses, *numbers)
     factory = _factory(names, addresses, tuple(constants), (*lines, *statements))
     made: Matcher = factory(**constants)
     return made

@@ -146,26 +146,67 @@ class ConvertedRows:
         self, cache: int, rows_at: int, scale: int, slots: Array, valid: Array, blocks: Array
     ) -> None:
         """Store the rows of valid tokens. `blocks` are those at which whole blocks begin."""
-        rows, codes = self._views(cache, rows_at, len(slots))
+        rows = view(rows_at, self._bits, (len(slots), *self._row), self._row_steps)
         for tokens, block, offset in self._parts(slots, valid):
             with np.errstate(all="ignore"):
                 values = rows[tokens].view(self._dtype).astype(np.float32)
-                values = self._divided(values, scale, block, offset)
-            codes[block, offset] = self._format.encode(values)
+                values, scales = self.converted(values, scale)
+            self.store(cache, scale, values, scales, block, offset)
+
+    def converted(self, values: Array, scale: int) -> tuple[Array, Array | None]:
+        """Return what is rounded to codes, and the scales if they are computed."""
+        if self._scale is None:
+            return values, None
+        groups = values.reshape(-1, self._row[0], *self._groups)
+        if not self._scale.is_written:
+            groups = groups / self._read_scales(scale)[..., None]
+            return np.reshape(groups, values.shape), None
+        found = computed(groups, self._format.most, powers=self._scale.powers)
+        groups = groups * (np.float32(1) / found)[..., None]
+        return np.reshape(groups, values.shape), found
+
+    def store(
+        self,
+        cache: int,
+        scale: int,
+        values: Array,
+        scales: Array | None,
+        block: Array,
+        offset: Array,
+        chosen: Array | None = None,
+    ) -> None:
+        """Round values ``[tokens, heads, size]`` to codes, and store them with their scales.
+
+        `chosen` says which rows ``[tokens, heads]``; all by default.
+        """
+        codes = self.codes(cache)
+        made = self._format.encode(values)
+        at: Any = (block, offset)
+        if chosen is not None:
+            token, head = np.nonzero(chosen)
+            at, made = (block[token], offset[token], head), made[token, head]
+            scales = None if scales is None else scales[token, head]
+        codes[at] = made
+        if scales is not None:
+            self._scales(scale)[at] = scales
 
     def read(self, cache: int, rows_at: int, scale: int, slots: Array, valid: Array) -> None:
         """Read the rows of valid tokens back."""
-        rows, codes = self._views(cache, rows_at, len(slots))
+        rows = view(rows_at, self._bits, (len(slots), *self._row), self._row_steps)
         target = FORMATS[str(self._dtype)]
         for tokens, block, offset in self._parts(slots, valid):
-            with np.errstate(all="ignore"):
-                values = self._format.decode(codes[block, offset])
-                values = self._multiplied(values, scale, block, offset)
-            rows[tokens] = target.encode(values)
+            rows[tokens] = target.encode(self.stored(cache, scale, block, offset))
 
-    def _views(self, cache: int, rows_at: int, tokens: int) -> tuple[Array, Array]:
-        rows = view(rows_at, self._bits, (tokens, *self._row), self._row_steps)
-        return rows, view(cache, self._format.code_dtype, self._shape, self._steps)
+    def stored(self, cache: int, scale: int, block: Array, offset: Array) -> Array:
+        """Return the values of rows, float32 ``[tokens, heads, size]``."""
+        codes = self.codes(cache)
+        with np.errstate(all="ignore"):
+            values = self._format.decode(codes[block, offset])
+            return self._multiplied(values, scale, block, offset)
+
+    def codes(self, cache: int) -> Array:
+        """Return what is stored, ``[num_blocks, block_size, num_kv_heads, elements]``."""
+        return view(cache, self._format.code_dtype, self._shape, self._steps)
 
     def _parts(self, slots: Array, valid: Array) -> Iterator[tuple[Array, Array, Array]]:
         """Yield tokens, their blocks and offsets, as many at a time as are converted quickly."""
@@ -173,18 +214,6 @@ class ConvertedRows:
         for first in range(0, len(tokens), self._at_a_time):
             some = tokens[first : first + self._at_a_time]
             yield some, *np.divmod(slots[some], self._block_size)
-
-    def _divided(self, values: Array, at: int, block: Array, offset: Array) -> Array:
-        """Return what is rounded to codes; write scales if they are computed."""
-        if self._scale is None:
-            return values
-        groups = values.reshape(-1, self._row[0], *self._groups)
-        if not self._scale.is_written:
-            groups = groups / self._read_scales(at)[..., None]
-            return np.reshape(groups, values.shape)
-        found = computed(groups, self._format.most, powers=self._scale.powers)
-        self._scales(at)[block, offset] = found
-        return np.reshape(groups * (np.float32(1) / found)[..., None], values.shape)
 
     def _multiplied(self, values: Array, at: int, block: Array, offset: Array) -> Array:
         if self._scale is None:

@@ -129,6 +129,12 @@ FORMATS = {
     )
 }
 
+CUDA_NAMES = {
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32",
+    "float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2", "int8": "I8", "int4": "I4",
+}  # fmt: skip
+"""What formats are called in the CUDA source."""
+
 CACHE_DTYPES = (*SOURCE_DTYPES, E4M3, E5M2, I8, U8)
 _IN_BYTES = tuple(name for name, each in FORMATS.items() if each.dtype.itemsize == 1)
 

@@ -19,6 +19,7 @@ from pagedcache.arrays.addresses import check_address
 from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.parameters import MOST, divisor, structure
 from pagedcache.backend.nvidia.plans import Grid, Plan, Planned
+from pagedcache.cache.formats import CUDA_NAMES
 from pagedcache.status import NotSupportedError
 
 if TYPE_CHECKING:
@@ -28,12 +29,9 @@ if TYPE_CHECKING:
     from pagedcache.cache.sides import Side
     from pagedcache.dtypes import Dtype
 
-TYPE_NAMES = {
-    "float16": "F16", "bfloat16": "BF16", "float32": "F32",
-    "float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2", "int8": "I8", "int4": "I4",
-}  # fmt: skip
 SLOT_NAMES = {"int64": "long long", "int32": "int"}
-COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER = range(6)  # as in rows.cuh
+# As in rows.cuh.
+COPIED, CONVERTED, SCALED, SCALED_ELEMENTS, COMPUTED, COMPUTED_POWER, QUANTIZED = range(7)
 MOST_ROW = 2**31 - 1  # bytes of a row by token, which the kernels count in 32 bits
 MOST_ELEMENTS = 32
 MOST_BYTES = 64  # of a thread's elements by token
@@ -125,9 +123,9 @@ class Rows:
 
     def instance(self, elements: Elements, *, ahead: bool) -> str:
         """Return the C++ name of the kernel whose threads take so many elements."""
-        kind = f"pagedcache::{TYPE_NAMES[str(self.dtype)]}, {SLOT_NAMES[str(self.slot_dtype)]}"
+        kind = f"pagedcache::{CUDA_NAMES[str(self.dtype)]}, {SLOT_NAMES[str(self.slot_dtype)]}"
         each = [
-            f"pagedcache::{TYPE_NAMES[side.format.name]}, {self.mode(side, count)}, {count}"
+            f"pagedcache::{CUDA_NAMES[side.format.name]}, {self.mode(side, count)}, {count}"
             for side, count in zip(self.sides, elements, strict=True)
         ]
         return f"pagedcache::{self.kernel}<{kind}, {each[0]}, {each[-1]}, {str(ahead).lower()}>"
@@ -435,7 +433,7 @@ def _parameters(rows: Rows, elements: Elements, tile: int) -> ctypes.Structure:
         grid=struct("RowsGrid")(by(tile_rows), tile_rows, tile.bit_length() - 1),
         k=side_of(rows.sides[0], elements[0]),
         v=side_of(rows.sides[-1], elements[-1]),
-        slots=struct("Slots")(by(rows.block_size), rows.num_slots),
+        slots=struct("Slots")(by(rows.block_size), rows.num_slots, rows.block_size),
     )
 
 

@@ -46,6 +46,8 @@ class Arguments:
         The array whose first axis has the number of rows.
     device : str
         Where the arrays must be.
+    numbers : tuple of (str, type)
+        Names and types of numbers that follow the arrays.
 
     Attributes
     ----------
@@ -63,8 +65,10 @@ class Arguments:
         expected: Sequence[Expected | None],
         counted_by: str,
         device: str,
+        numbers: tuple[tuple[str, type], ...] = (),
     ) -> None:
         self.names = tuple(names)
+        self.numbers = numbers
         self.expected = tuple(expected)
         self.counted_by = counted_by
         self.present = [(i, one) for i, one in enumerate(self.expected) if one is not None]
@@ -76,9 +80,18 @@ class Arguments:
         self.apart: Apart = {}
         self._device = device
 
-    def read(self, arrays: Sequence[Any]) -> tuple[int, ...]:
-        """Return the number of rows and the addresses; raise for arguments that do not fit."""
-        for name, one, array in zip(self.names, self.expected, arrays, strict=True):
+    def read(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the number of rows, the addresses and the numbers.
+
+        Raises for arguments that do not fit.
+        """
+        given: Sequence[Any] = arrays[len(self.names) :]
+        for (name, kind), value in zip(self.numbers, given, strict=True):
+            if type(value) is not kind:
+                raise _changed(BadParamTypeError, name, f"type {kind.__name__}", type(value))
+            if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+                raise BadParamError(name, "must fit in 64 bits", shown(value))
+        for name, one, array in zip(self.names, self.expected, arrays, strict=False):
             if one is None and array is not None:
                 rule = "must be None, as when the descriptor was created"
                 raise BadParamTypeError(name, rule, shown(array))
@@ -93,7 +106,7 @@ class Arguments:
                 self.check(one, tensor)
             if one.name == self.counted_by:
                 rows = one.shape[0] if tensor is None else tensor.shape[0]
-        addresses = [0] * len(arrays)
+        addresses = [0] * len(self.names)
         for i, one in self.present:
             tensor, array = tensors[i], arrays[i]
             if tensor is not None and one.free:
@@ -106,7 +119,7 @@ class Arguments:
                 check_writable(one.name, array, tensor)
         if rows:
             self._check_overlap(rows, addresses)
-        return rows, *addresses
+        return rows, *addresses, *given
 
     def check(self, one: Expected, tensor: Tensor) -> None:
         """Raise if an array is not like the one that the operation was created for."""

@@ -81,6 +81,8 @@ class Operation(Generic[InfoT]):
         Those whose first axis is free.
     optional : frozenset of str
         Those that may be ``None``.
+    numbers : tuple of (str, type)
+        Names and types of numbers that follow the tensors; they are passed on as they are.
     implementations : mapping of str to str
         From a device type to ``"module:Class"``, an `Implementation`. For other device types, the
         device is asked.
@@ -90,6 +92,7 @@ class Operation(Generic[InfoT]):
     arguments: ClassVar[tuple[str, ...]]
     free: ClassVar[frozenset[str]]
     optional: ClassVar[frozenset[str]] = frozenset()
+    numbers: ClassVar[tuple[tuple[str, type], ...]] = ()
     implementations: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
@@ -110,11 +113,14 @@ class Operation(Generic[InfoT]):
         if on_invalid == "raise" or debug:
             inspect = self._inspect if debug else None
             refuse = (lambda found: self._invalid(found)) if on_invalid == "raise" else None
-            implementation = Careful(implementation, device, expected, inspect, refuse)
+            numbers = len(self.numbers)
+            implementation = Careful(implementation, device, expected, inspect, refuse, numbers)
         self.workspace_size: int = implementation.workspace_size
         self._implementation: Implementation | None = implementation
         self._run = implementation.run
-        self._arguments = Arguments(self.arguments, expected, info.rules.counted_by, device.name)
+        self._arguments = Arguments(
+            self.arguments, expected, info.rules.counted_by, device.name, self.numbers
+        )
         self.matchers: Matchers = {}
         self.latest: Matcher = _match_nothing
 
@@ -301,7 +307,7 @@ class Operation(Generic[InfoT]):
     def _noting_writes(self, arrays: tuple[Any, ...]) -> Callable[[], None] | None:
         """Return what libraries want to be called before each write into these arrays, if any."""
         groups: dict[Library, list[tuple[str, Any]]] = {}
-        for one, array in zip(self._arguments.expected, arrays, strict=True):
+        for one, array in zip(self._arguments.expected, arrays, strict=False):
             if one is not None and one.written and type(array) is not int:
                 groups.setdefault(library_of(one.name, array), []).append((one.name, array))
         notes = [

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class Careful(Implementation):
     refuse : callable or None
         Returns the error to raise for invalid indices. Then each run waits. ``None``: none is
         raised.
+    numbers : int
+        How many numbers follow the addresses of a call.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Careful(Implementation):
         expected: Sequence[Expected | None],
         inspect: Inspect | None,
         refuse: Callable[[Invalid], Exception] | None,
+        numbers: int = 0,
     ) -> None:
         self._implementation, self._device = implementation, device
         self._expected, self._inspect, self._refuse = tuple(expected), inspect, refuse
+        self._stream = len(self._expected) + numbers  # its place in a call
         self.workspace_size = implementation.workspace_size
         self.checks_alignment = implementation.checks_alignment
         # Each with a report of its own and taken by one call at a time, so that a call is told of
@@ -56,9 +60,9 @@ class Careful(Implementation):
         """Return the launch that a call with this many rows makes."""
         return self._implementation.launch_config(rows)
 
-    def run(self, rows: int, *addresses_and_stream: int) -> None:
+    def run(self, rows: int, *addresses_and_stream: Any) -> None:
         """Inspect, run, and wait, as far as was asked for."""
-        stream = addresses_and_stream[len(self._expected)]
+        stream: int = addresses_and_stream[self._stream]
         if self._device.capturing(stream):
             option = "debug" if self._inspect else "on_invalid='raise'"
             rule = "waits for the stream, which is being captured; use check() after a replay"
@@ -87,8 +91,13 @@ class Careful(Implementation):
         }
         written = [one.name for one in self._expected if one is not None and one.written]
         read = [name for name in views if name not in written]
+        in_place = {one.name: one.in_place for one in self._expected if one is not None}
         for name in read:
             for other in written:
+                if in_place.get(other) == name and views[name].__array_interface__ == (
+                    views[other].__array_interface__
+                ):
+                    continue
                 if overlap(views[name], views[other]):
                     rule = f"must not share memory with {other}, which is written"
                     got = f"{byte_range(views[name])} and {byte_range(views[other])}"

@@ -41,7 +41,7 @@ class Kept(Generic[OperationT]):
 
     def __init__(self, kind: type[OperationT], create: Callable[..., OperationT]) -> None:
         self._kind = kind
-        self._create = create
+        self.create = create
         self._kept: dict[Hashable, OperationT] = {}  # the least recently found first
         self._lock = make_lock()
         self.recent: tuple[tuple[Any, ...], ...] = ()
@@ -66,27 +66,34 @@ class Kept(Generic[OperationT]):
         for *known, operation in self.recent:
             if all(map(operator.is_, options, known)) and operation.run_if_matched(arrays, stream):
                 return
+        self.find(arrays, options).run(arrays, stream)
+
+    def find(self, arrays: tuple[Any, ...], options: tuple[Any, ...]) -> OperationT:
+        """Return the operation for these arrays and options, creating it if there is none."""
         names, optional = self._kind.arguments, self._kind.optional
         tensors = [
             None if array is None and name in optional else adopt(name, array)
-            for name, array in zip(names, arrays, strict=True)
+            for name, array in zip(names, arrays, strict=False)  # numbers may follow
         ]
         if not all(option is None or type(option) is str for option in options):
-            # Refused if it is not a string at all.
-            self._create(*arrays, *options).run(arrays, stream)
-            return
+            return self.create(*arrays, *options)  # refused if it is not a string at all
         signatures = (
             self._signature(name, tensor) for name, tensor in zip(names, tensors, strict=True)
         )
         key = (options, *signatures)
-        operation = self._kept.get(key) or self._create(*arrays, *options)
+        operation = self._kept.get(key) or self.create(*arrays, *options)
         with self._lock:
             self._kept.pop(key, None)
             self._kept[key] = operation
             if len(self._kept) > MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._put_first((*options, operation))
-        operation.run(arrays, stream)
+        return operation
+
+    def operations(self) -> list[OperationT]:
+        """Return all that are kept."""
+        with self._lock:
+            return list(self._kept.values())
 
     def found(self, entry: tuple[Any, ...]) -> None:
         """Note that an entry of `recent` was found behind others, and now and then put it first.

@@ -26,7 +26,7 @@ from pagedcache.status import (
     NotSupportedError,
 )
 
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "--fmad=false")  # what users write is not contracted either
 COMMON = "common.cuh"
 TAKE_REPORT = "pagedcache::takeReport"
 # InfiniCore's classes of devices, by threads in a block. Kernels are tuned for a class.
@@ -103,7 +103,7 @@ class CudaDevice(Context):
         self.limits.check()
         self.programmatic: bool | None = None
         # CuPy's functions, kept because their module is unloaded with the last of them.
-        self._compiled: dict[tuple[str | Path, tuple[str, ...]], list[Any]] = {}
+        self._compiled: dict[tuple[str | Path, tuple[str, ...], str], list[Any]] = {}
         self._compiling = make_lock()
         self._take_report = 0  # CUfunction
         self._reports = Reports(self, self._launch_to_take)
@@ -131,7 +131,7 @@ class CudaDevice(Context):
         """Return an empty report, or with ``read=False`` one that nobody reads."""
         return self._reports.new() if read else self._reports.unread
 
-    def compile(self, file: str | Path, expressions: tuple[str, ...]) -> list[int]:
+    def compile(self, file: str | Path, expressions: tuple[str, ...], text: str = "") -> list[int]:
         """Compile template instances of a source file, or load them from CuPy's cache on disk.
 
         Instances that this device has compiled before are returned at once.
@@ -142,6 +142,8 @@ class CudaDevice(Context):
             See `pagedcache.backend.nvidia.source.read`. It must include ``common.cuh``.
         expressions : tuple of str
             C++ names of the instances.
+        text : str
+            What follows the file.
 
         Returns
         -------
@@ -155,7 +157,7 @@ class CudaDevice(Context):
         NotSupportedError
             A stream is being captured; most captures do not allow loading a kernel.
         """
-        key = (file, expressions)
+        key = (file, expressions, text)
         with self._compiling:
             if key not in self._compiled:
                 if self.captures():
@@ -164,7 +166,7 @@ class CudaDevice(Context):
                         "the capture; pagedcache.warmup() does so for all plain copies"
                     )
                     raise NotSupportedError(f"compiling {Path(file).name}", rule)
-                kernels = self._load(Path(file).name, source.read(file), expressions)
+                kernels = self._load(Path(file).name, source.read(file) + text, expressions)
                 if not self._take_report:
                     self._take_report = kernels[-1].ptr
                     self.programmatic = self._try_programmatic()

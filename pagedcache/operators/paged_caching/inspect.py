@@ -13,18 +13,18 @@ from pagedcache.dtypes import BF16, F16, F32, Dtype
 from pagedcache.status import DuplicateSlotError, NonFiniteError
 
 if TYPE_CHECKING:
-    from pagedcache.operators.paged_caching.info import PagedCachingInfo
+    from pagedcache.operators.slot_operation import SlotInfo
     from pagedcache.tensors import Array
 
 _EXPONENTS = {F16: 0x7C00, BF16: 0x7F80, F32: 0x7F800000}  # all ones: infinity or NaN
 
 
-def inspect(info: PagedCachingInfo, data: Mapping[str, Array]) -> None:
+def inspect(info: SlotInfo, data: Mapping[str, Array]) -> None:
     """Raise for two tokens with one slot, and for a value or a scale that cannot be right.
 
     Parameters
     ----------
-    info : PagedCachingInfo
+    info : SlotInfo
     data : mapping of str to array
         `k`, `v`, `slot_mapping` and scales that are read, as ints of their item size.
 
