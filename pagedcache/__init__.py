@@ -7,9 +7,11 @@ In dependency order, each importing only what stands above it:
 - `locks`, `environment`, `display`: small helpers
 - `arrays`: which array library?
 - `backend`: which device?
+- `expressions`: what a user says of an element
 - `cache`: what a paged cache is
+- `steps`: what can happen to a row: named steps and expressions, in NumPy and as CUDA text
 - `operators`: which operator? `base` and its neighbours are for any; `paged_caching` is the write,
-  `paged_gather` reads back
+  `paged_gather` reads back, `programs` do either with steps of the user's
 - `infiniop`: the same operator as the C functions of InfiniCore
 - `compat`: the same as the Python functions of vLLM, SGLang and FlashInfer
 - `torch`: the same as an operator for ``torch.compile``; imported only by name
@@ -24,6 +26,7 @@ from pagedcache.backend.handle import Handle
 from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
 from pagedcache.cache.explain import SlotExplanation
+from pagedcache.expressions import ExpressionError
 from pagedcache.operators.paged_caching.descriptor import Descriptor
 from pagedcache.operators.paged_caching.info import PagedCachingInfo
 from pagedcache.operators.paged_caching.one_call import paged_caching
@@ -31,9 +34,11 @@ from pagedcache.operators.paged_caching.warmup import WarmedUp, warmup
 from pagedcache.operators.paged_gather.descriptor import GatherDescriptor
 from pagedcache.operators.paged_gather.info import PagedGatherInfo
 from pagedcache.operators.paged_gather.one_call import paged_gather
+from pagedcache.operators.programs.kernels import ReadKernel, WriteKernel
 from pagedcache.status import (
     CacheOverlapError,
     DuplicateSlotError,
+    InvalidIndexError,
     InvalidSlotError,
     NonFiniteError,
     PagedCacheError,
@@ -41,6 +46,7 @@ from pagedcache.status import (
     SourceOverlapError,
     Status,
 )
+from pagedcache.steps import Step, cast, cuda, hadamard, quantize, rms_norm, rope
 from pagedcache.tensors import TensorDescriptor
 
 __version__ = "0.2.0.dev0"
@@ -50,25 +56,36 @@ __all__ = [
     "CacheOverlapError",
     "Descriptor",
     "DuplicateSlotError",
+    "ExpressionError",
     "GatherDescriptor",
     "Handle",
+    "InvalidIndexError",
     "InvalidSlotError",
     "LaunchConfig",
     "NonFiniteError",
     "PagedCacheError",
     "PagedCachingInfo",
     "PagedGatherInfo",
+    "ReadKernel",
     "RequiresGradError",
     "SlotExplanation",
     "SourceOverlapError",
     "Status",
+    "Step",
     "TensorDescriptor",
     "WarmedUp",
+    "WriteKernel",
     "backends",
+    "cast",
+    "cuda",
+    "hadamard",
     "infiniop",
     "paged_caching",
     "paged_gather",
+    "quantize",
     "register_backend",
+    "rms_norm",
+    "rope",
     "status",
     "warmup",
 ]

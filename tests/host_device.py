@@ -39,7 +39,7 @@ class Compiler:
         """Return a library with a function ``run_<number>`` for each expression."""
         path = Path(file)
         path = path if path.is_absolute() else source.folder() / path
-        lines = [f'#include "{HERE / "host_shim.h"}"', f'#include "{path}"']
+        lines = [f'#include "{HERE / "host_shim.h"}"', f'#include "{path}"', more]
         if "_sync(" in source.read(path):  # its threads meet in shuffles
             lines.insert(0, "#define PAGEDCACHE_WARPS")
         for number, expression in enumerate(expressions):
@@ -48,9 +48,10 @@ class Compiler:
                 f"unsigned int threads, const void* parameters) {{\n"
                 f"  launch({expression}, blocks, rows, threads, parameters);\n}}"
             )
-        text = "\n".join([*lines, more, ""])
+        text = "\n".join([*lines, ""])
         flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
         flags += ["-ffp-contract=off"]  # each operation is rounded once
+        flags += ["-fno-gnu-unique"]  # else libraries share what is static in functions of one name
         flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # for unroll; for the shim
         flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
         stem = self.folder / hashlib.sha256(" ".join([text, *flags]).encode()).hexdigest()[:16]
@@ -60,8 +61,8 @@ class Compiler:
         subprocess.run(program, check=True)
         return ctypes.CDLL(str(stem.with_suffix(".so")))
 
-    def function(self, file, expressions, number):
-        library = self.library(file, expressions)
+    def function(self, file, expressions, number, text=""):
+        library = self.library(file, expressions, text)
         run = getattr(library, f"run_{number}")
         run.take_deadlocks = getattr(library, "take_deadlocks", lambda: 0)
         run.argtypes = [ctypes.c_uint] * 3 + [ctypes.c_void_p]
@@ -85,9 +86,9 @@ class HostDevice:
         self.limits = FakeLimits(**limits)
         self.launches = []  # of (expression, (blocks, rows), threads)
 
-    def compile(self, file, expressions):
+    def compile(self, file, expressions, text=""):
         return [
-            (expression, self.compiler.function(file, expressions, number))
+            (expression, self.compiler.function(file, expressions, number, text))
             for number, expression in enumerate(expressions)
         ]
 

@@ -40,6 +40,7 @@ static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __shared__ static thread_local  // of rows that one warp holds, and warps run in turn
 
 #if defined(PAGEDCACHE_WARPS)
 // The lanes of a warp take turns, each on a stack of its own. One that waits for others at a
@@ -47,7 +48,7 @@ static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // named but has ended is noticed.
 struct Warp {
   static constexpr unsigned int kLanes = 32;
-  static constexpr std::size_t kStack = 1 << 16;
+  static constexpr std::size_t kStack = 1 << 18;
   ucontext_t scheduler;
   struct Lane {
     ucontext_t context;
@@ -87,6 +88,8 @@ static float __shfl_xor_sync(unsigned int mask, float value, unsigned int step) 
   }
   return w.lanes[other].values[turn % 2];
 }
+
+static void __syncwarp(unsigned int mask) { __shfl_xor_sync(mask, 0.0f, 0); }
 
 static void startLane() {
   warp->run(warp->argument);

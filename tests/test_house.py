@@ -19,6 +19,7 @@ FLOORS = (
     {"backend"},
     {"expressions"},
     {"cache"},
+    {"steps"},
     {"operators"},
     {"infiniop", "compat", "torch"},
     {"__init__"},
