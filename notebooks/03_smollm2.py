@@ -17,9 +17,9 @@
 # # 3. A whole model on a paged cache
 #
 # SmolLM2-135M answers five questions with its K and V in a paged cache: in each of its 30 layers,
-# this package's operator writes them into blocks, and attention reads them back through block
-# tables. The code of the model and the engine is in `smollm2.py` next to this notebook. The weights
-# (93 MB) are downloaded once.
+# a kernel of this package rotates K and writes K and V into blocks, and attention reads them back
+# through block tables. The code of the model and the engine is in `smollm2.py` next to this
+# notebook. The weights (93 MB) are downloaded once.
 
 # %%
 import os
@@ -159,6 +159,27 @@ assert all(request.sequence.shared == common // BLOCK_SIZE for request in reques
 assert len(engine.pool.free) == NUM_BLOCKS  # all blocks have been released
 
 # %% [markdown]
+# ## One kernel rotates and writes
+#
+# The rotary embedding turns Q and K by angles that depend on the position of the token. The model
+# does not do this itself: it is a step of a `WriteKernel`, which takes the table of cosines and
+# sines and the positions as parameters. In each layer, a single call rotates Q in place, rotates K
+# on its way into the cache, and writes V as it is.
+
+# %%
+kernel = engine.cache.kernel
+kernel.check()  # raises if a slot or a position was outside
+kernel
+
+# %% [markdown]
+# The steps are compiled into that kernel. `source` is their CUDA text, and this is the part for K;
+# `rope` is one of the operations that come with this package.
+
+# %%
+_, comment, text = kernel.source.partition("// k[0]")
+print(comment + text.partition("\n\nstruct VSteps")[0])
+
+# %% [markdown]
 # ## The pool as sequences come and go
 
 # %%
@@ -177,8 +198,9 @@ assert any(own[4] & other for other in own[:4])  # the last one reuses released 
 # %% [markdown]
 # ## The same with a dense cache
 #
-# A dense cache reserves the full context length for each sequence and shares nothing. It holds the
-# same K and V, so every generated token must be the same.
+# A dense cache reserves the full context length for each sequence and shares nothing. It is rotated
+# and written by indexing, without the kernel, and holds the same K and V, so every generated token
+# must be the same.
 
 # %%
 dense, dense_requests = new_engine(num_blocks=len(prompts), dense=True)

@@ -77,11 +77,11 @@ class Model:
         self.embedding = load("token_embd")  # its transpose is also the output matrix
         self.layers = [layer(f"blk.{i}") for i in range(source.field("llama.block_count"))]
         self.norm = load("output_norm")
-        # The rotary embedding rotates pair i at position p by p * base^(-2i / head_size). In this
-        # file the two numbers of a pair are adjacent, so each pair is one complex number.
+        # The rotary embedding rotates pair i at position p by p * base^(-2i / head_size).
         exponents = np.arange(0, self.head_size, 2) / self.head_size
         angles = np.arange(context)[:, None] * source.field("llama.rope.freq_base") ** -exponents
-        self.turns = xp.asarray(np.exp(1j * angles).astype(np.complex64))
+        cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], -1)
+        self.cos_sin = xp.asarray(cos_sin.astype(np.float32))  # [context, head size]
         self.places = xp.arange(context)
         self.product = np_product if xp is np else make_cupy_product()
 
@@ -90,12 +90,10 @@ class Model:
     ) -> Array:
         """Write the K and V of each row to its slot; return the logits of the next token."""
         x = self.embedding[ids]
-        turns = self.turns[positions][:, None, :]
         masked = (self.places > positions[:, None])[:, None, None, :]
         for i, layer in enumerate(self.layers):
-            qkv = self.product(self._normed(x, layer.attention_norm), layer.qkv)
-            q, k, v = self._split(qkv, turns)
-            cache.write(i, k, v, slots)
+            q, k, v = self._split(self.product(self._normed(x, layer.attention_norm), layer.qkv))
+            cache.write(i, q, k, v, slots, positions)
             keys, values = cache.read(i, tables)
             mixed = self._attention(q, keys, values, masked)
             x = x + self.product(mixed, layer.output)
@@ -110,14 +108,11 @@ class Model:
     def _sigmoid(self, x: Array) -> Array:
         return 0.5 + 0.5 * self.xp.tanh(0.5 * x)  # never overflows
 
-    def _split(self, qkv: Array, turns: Array) -> tuple[Array, Array, Array]:
-        """Return Q and K, both rotated, and V, which remains a view of `qkv`."""
-        rows, heads, size = len(qkv), self.heads, self.head_size
-        both = (heads + self.kv_heads) * size
-        pairs = self.xp.ascontiguousarray(qkv[:, :both]).reshape(rows, -1, size).view(np.complex64)
-        turned = (pairs * turns).view(np.float32)
-        v = qkv[:, both:].reshape(rows, self.kv_heads, size)
-        return turned[:, :heads], turned[:, heads:], v
+    def _split(self, qkv: Array) -> list[Array]:
+        """Return Q, K and V, ``[rows, heads, head size]``; all are views of `qkv`."""
+        heads = qkv.reshape(len(qkv), -1, self.head_size)
+        parts: list[Array] = self.xp.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
+        return parts
 
     def _attention(self, q: Array, keys: Array, values: Array, masked: Array) -> Array:
         """Let each row attend to its own sequence, up to its own position."""
@@ -176,20 +171,34 @@ extern "C" __global__ void product(const float* x, const float* matrix, float* o
 
 
 class PagedCache:
-    """K and V of all layers, ``[layers, blocks, block size, KV heads, head size]``."""
+    """K and V of all layers, ``[layers, blocks, block size, KV heads, head size]``.
+
+    Attributes
+    ----------
+    kernel : WriteKernel
+        Rotates Q and K, and writes K and V; one for all layers and steps.
+    """
 
     def __init__(self, model: Model, num_blocks: int, block_size: int) -> None:
         shape = (len(model.layers), num_blocks, block_size, model.kv_heads, model.head_size)
         self.k, self.v = (model.xp.zeros(shape, np.float32) for _ in "kv")
         self.block_bytes: int = (self.k.nbytes + self.v.nbytes) // num_blocks
-        self.descriptor: pc.Descriptor | None = None
+        self.cos_sin = model.cos_sin
+        # In this file, the two numbers of a pair are adjacent.
+        rope = pc.rope("cos_sin", "positions", style="interleaved")
+        self.kernel = pc.WriteKernel(q=[rope], k=[rope], layout="NHD")
 
-    def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
-        """Write the K and V of one layer, ``[rows, KV heads, head size]``."""
-        arrays = (self.k[layer], self.v[layer], k, v, slots)
-        if self.descriptor is None:  # one for all layers and steps
-            self.descriptor = pc.Descriptor.create(*arrays, layout="NHD")
-        self.descriptor.calculate(*arrays)
+    def write(
+        self, layer: int, q: Array, k: Array, v: Array, slots: Array, positions: Array
+    ) -> None:
+        """Write K, rotated, and V of one layer, and rotate Q in place.
+
+        All three are ``[rows, heads, head size]``.
+        """
+        self.kernel(
+            self.k[layer], self.v[layer], k, v, slots,
+            q=q, q_out=q, cos_sin=self.cos_sin, positions=positions,
+        )  # fmt: skip
 
     def read(self, layer: int, tables: Array) -> tuple[Array, Array]:
         """Return the K and V of whole sequences, ``[rows, context, KV heads, head size]``."""
@@ -198,10 +207,17 @@ class PagedCache:
 
 
 class DenseCache(PagedCache):
-    """The same with one context-long block per sequence, written by indexing."""
+    """The same with one context-long block per sequence, rotated and written by indexing."""
 
-    def write(self, layer: int, k: Array, v: Array, slots: Array) -> None:
-        """Write the K and V of one layer without this package's operator."""
+    def write(
+        self, layer: int, q: Array, k: Array, v: Array, slots: Array, positions: Array
+    ) -> None:
+        """Do the same as the kernel without it, so that there is something to compare it with."""
+        cos_sin = self.cos_sin[positions][:, None, :]
+        cos, sin = cos_sin[..., : k.shape[-1] // 2], cos_sin[..., k.shape[-1] // 2 :]
+        for x in (q, k):
+            even, odd = x[..., 0::2], x[..., 1::2]
+            even[...], odd[...] = even * cos - odd * sin, odd * cos + even * sin
         used = slots >= 0
         for cache, rows in ((self.k, k), (self.v, v)):
             cache[layer].reshape(-1, *rows.shape[1:])[slots[used]] = rows[used]
@@ -384,7 +400,7 @@ class Engine:
         # A memory pool of its own: nobody else may get the memory that the graph will use again.
         self._memory = cupy.cuda.MemoryPool()
         with self._stream, cupy.cuda.using_allocator(self._memory.malloc):
-            self._forward()  # compiles, makes the descriptor, and fills the pool
+            self._forward()  # compiles the kernels, and fills the pool
             self._stream.begin_capture()
             self._forward()
             graph = self._stream.end_capture()

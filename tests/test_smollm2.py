@@ -84,13 +84,13 @@ def test_next_token_as_llama_cpp(source, model):
 
 def test_paged_is_dense(model, dense, monkeypatch):
     writes = []
-    calculate = pc.Descriptor.calculate
+    write = pc.WriteKernel.__call__
 
-    def counted(self, *arrays):
-        writes.append(arrays[-1].copy())
-        calculate(self, *arrays)
+    def counted(self, k_cache, v_cache, k, v, slot_mapping, **others):
+        writes.append(slot_mapping.copy())
+        write(self, k_cache, v_cache, k, v, slot_mapping, **others)
 
-    monkeypatch.setattr(pc.Descriptor, "calculate", counted)
+    monkeypatch.setattr(pc.WriteKernel, "__call__", counted)
     engine = smollm2.Engine(model, 40, BLOCK_SIZE)
     requests = submit(engine, 20)
     steps = run(engine)
@@ -98,12 +98,13 @@ def test_paged_is_dense(model, dense, monkeypatch):
     assert [request.generated for request in requests] == expected
     assert requests[5].sequence.shared == PREFIX // BLOCK_SIZE
     assert requests[5].sequence.block_table[:3] == requests[4].sequence.block_table[:3]
-    # All K and V came through the operator: in each layer of each step one write.
+    # All K and V came through the kernel: in each layer of each step one write.
     assert len(writes) == 30 * steps
     written = sum(int((slots >= 0).sum()) for slots in writes)
     lengths = [len(request.ids) - 1 for request in requests]  # the last token is not fed
     assert written == 30 * (sum(lengths) - PREFIX)
     assert len(engine.pool.free) == engine.pool.num_blocks
+    engine.cache.kernel.check()  # no slot and no position was outside
 
     # A block has K and V of 30 layers, 8 tokens, 3 heads of 64, in float32.
     assert engine.cache.block_bytes == 2 * 30 * BLOCK_SIZE * 3 * 64 * 4 == 368_640
@@ -112,6 +113,27 @@ def test_paged_is_dense(model, dense, monkeypatch):
     # Dense, six sequences as long as the longest; paged, what was held at most.
     assert len(CASES) * max(lengths) * engine.cache.block_bytes // BLOCK_SIZE == 15_206_400
     assert (engine.peak, engine.peak * engine.cache.block_bytes) == (25, 9_216_000)
+
+
+def test_the_kernel_rotates_and_writes_as_numpy(model):
+    rows, blocks = 16, CONTEXT // BLOCK_SIZE
+    rng = np.random.default_rng(0)
+    heads = model.heads + 2 * model.kv_heads
+    qkv = rng.standard_normal((rows, heads * model.head_size)).astype(np.float32)
+    slots = rng.permutation(CONTEXT)[:rows]
+    slots[5] = -1
+    positions = rng.integers(CONTEXT, size=rows)
+    found = []
+    for cache in (
+        smollm2.PagedCache(model, blocks, BLOCK_SIZE),
+        smollm2.DenseCache(model, 1, CONTEXT),
+    ):
+        q, k, v = model._split(qkv.copy())
+        before = q.copy()
+        cache.write(3, q, k, v, slots, positions)
+        assert (q != before).any()
+        found.append([x.tobytes() for x in (q, cache.k, cache.v)])
+    assert found[0] == found[1]
 
 
 def test_continuous_batching_in_a_small_pool(model, dense):
