@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pagedcache import bench
+from pagedcache.__main__ import main
 from pagedcache.bench import host, peers
 from pagedcache.bench.case import Axes, Case
 from pagedcache.bench.measure import host_microseconds
@@ -591,3 +592,23 @@ def is_stored(case, i):
     formats = {"k_format": host.FORMAT, "v_format": host.FORMAT}
     peers.pc.paged_caching(*wanted, *case.sets[i], **formats, layout="HND")
     return all(map(np.array_equal, wanted, caches)) and all(cache.any() for cache in caches)
+
+
+def test_fused_needs_a_gpu(capsys):
+    assert main(["bench", "--fused", "--device", "cpu"]) == 2
+    assert capsys.readouterr().out == "--fused needs a GPU\n"
+
+
+@pytest.mark.gpu
+def test_fused_on_a_gpu(capsys, tmp_path):
+    pytest.importorskip("torch")
+    file = tmp_path / "fused.json"
+    options = ["--tokens", "1", "300", "--num-slots", "4096", "--no-peers", "--json", str(file)]
+    assert main(["bench", "--fused", *options]) == 0
+    results = json.loads(file.read_text("utf-8"))
+    assert set(results["fused"]) == {"rope", "norm", "float8", "gain", "none"}
+    for rows in results["fused"].values():
+        assert [row["tokens"] for row in rows] == [1, 300]
+        assert all(row["us"]["pagedcache"] > 0 for row in rows)
+    assert all(each > 0 for each in results["host"].values())
+    assert "of memcpy rate" in capsys.readouterr().out

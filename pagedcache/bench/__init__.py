@@ -89,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only-host-time", action="store_true", help="skip GPU time and first call"
     )
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="measure writes with steps, beside fused kernels of peers; of the other options only "
+        "--tokens, --num-slots, --device, --no-peers, --only-gpu-time, --only-host-time and --json",
+    )
     parser.add_argument("--no-peers", action="store_true", help="skip the peers")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write all results to FILE")
     parser.add_argument(
@@ -120,6 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_slots and arguments.num_slots < max(tokens):
         print(f"--num-slots must be at least the number of tokens, {max(tokens)}")
         return 2
+    if arguments.fused:
+        return _run_fused(arguments, handle)
     cases = [] if arguments.only_host_time else list(_axes(arguments, tokens[0]))
     problem = next(filter(None, (axes.problem() for axes in cases)), "")
     if arguments.scale and set(arguments.format) == {COPY}:
@@ -158,6 +166,38 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot and results["gpu"]:
         _plot(results, arguments.plot)
         print(f"Plot: {arguments.plot}")
+    return 0
+
+
+def _run_fused(arguments: argparse.Namespace, handle: pc.Handle) -> int:
+    """Measure writes with steps."""
+    if handle.device == "cpu":
+        print("--fused needs a GPU")
+        return 2
+    if importlib.util.find_spec("torch") is None:
+        print("--fused needs PyTorch: pip install torch")
+        return 2
+    from pagedcache.bench import fused
+
+    tokens = tuple(arguments.tokens or TOKENS)
+    slots = arguments.num_slots or GPU_SLOTS
+    print(f"{handle!r}\n{fused.DESCRIPTION}")
+    results: dict[str, Any] = {"machine": _machine(handle), "fused": {}, "host": {}}
+    if not arguments.only_host_time:
+        with _progress(len(tokens) * len(fused.PIPELINES)) as step:
+            results["fused"] = fused.gpu_times(
+                tokens, slots, with_peers=not arguments.no_peers, step=step
+            )
+        for name, rows in results["fused"].items():
+            fused.print_rows(fused.PIPELINES[name], rows)
+    if not arguments.only_gpu_time:
+        results["host"] = fused.host_time(fused.PIPELINES["rope"], slots)
+        print("\nHost time of a call with q, k and v rotated, 1 to 64 tokens, us")
+        for name, microseconds in results["host"].items():
+            print(f"  {name:28} {microseconds:8.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"Results: {arguments.json}")
     return 0
 
 
