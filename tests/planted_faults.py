@@ -49,6 +49,10 @@ NVIDIA = "pagedcache/operators/paged_caching/nvidia.py"
 ON_CPU = "pagedcache/cache/cpu.py"
 BACKEND = "pagedcache/backend/nvidia"
 EXPRESSIONS, LANGUAGE = "pagedcache/expressions", "cuda_src/expressions.cuh"
+STEPS_CUDA, PROGRAMMED = "cuda_src/steps.cuh", "cuda_src/programmed.cuh"
+STEPS, PROGRAMS = "pagedcache/steps", "pagedcache/operators/programs"
+WRITES = "test_programs_on_host.py::test_random_writes"
+READS = "test_programs_on_host.py::test_random_reads"
 OPERATORS, ARRAY_LIBRARIES = "pagedcache/operators", "pagedcache/arrays"
 
 
@@ -445,15 +449,15 @@ FAULTS = (
     Fault(
         "compiled as C++14",
         f"{BACKEND}/device.py",
-        'OPTIONS = ("--std=c++17",)',
-        'OPTIONS = ("--std=c++14",)',
+        'OPTIONS = ("--std=c++17", ',
+        'OPTIONS = ("--std=c++14", ',
         (SM_90, f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled"),
     ),
     Fault(
         "compiled functions are found again by their file alone",
         f"{BACKEND}/device.py",
-        "key = (file, expressions)",
-        "key = (file, expressions[:0])",
+        "key = (file, expressions, text)",
+        "key = (file, expressions[:0], text)",
         (f"{DEVICE}::test_compiles_once_and_keeps_what_it_compiled",),
     ),
     Fault(
@@ -1081,7 +1085,7 @@ FAULTS = (
     Fault(
         "a sum of a row goes from left to right",
         f"{EXPRESSIONS}/evaluate.py",
-        '    "row_sum": lambda row: _pairs(row, np.add, 0.0),',
+        '    "row_sum": lambda row: pairs(row, np.add, 0.0),',
         '    "row_sum": lambda row: np.add.accumulate(row, -1)[..., -1],',
         ("test_expressions.py",),
     ),
@@ -1130,8 +1134,8 @@ FAULTS = (
     Fault(
         "a difference flushes subnormal numbers on a GPU",
         LANGUAGE,
-        "return pagedcache::add(a, negative(b));",
-        "return pagedcache::add(a, -b);",
+        "float subtract(float a, float b) { return pagedcache::subtract(a, b); }",
+        "float subtract(float a, float b) { return a - b; }",
         ("test_expressions_compile.py::test_expressions_compile[90]",),
     ),
     Fault(
@@ -1556,6 +1560,204 @@ FAULTS = (
         "best = min(rivals, default=math.nan)",
         "best = max(rivals, default=math.nan)",
         ("test_bench.py",),
+    ),
+    Fault(
+        "rows are padded with zeros for the largest",
+        STEPS_CUDA,
+        "struct Largest {\n  static constexpr unsigned int kPadding = 0x7fffffffu;",
+        "struct Largest {\n  static constexpr unsigned int kPadding = 0;",
+        ("test_programs_on_host.py::test_row_functions_of_unusual_rows",),
+    ),
+    Fault(
+        "neighbours in other threads are combined in either order",
+        STEPS_CUDA,
+        "if (Combine::kEitherWay || !(lane & step)) {",
+        "if (true) {",
+        ("test_programs_on_host.py::test_row_functions_of_unusual_rows",),
+    ),
+    Fault(
+        "a group that is no power of two ends in the next",
+        STEPS_CUDA,
+        "for (unsigned int group = lane; group < kSize / kGroup; group += kLanes) {",
+        "for (unsigned int group = lane; group + 1 < kSize / kGroup; group += kLanes) {",
+        ("test_programs_on_host.py::test_groups_of_any_size",),
+    ),
+    Fault(
+        "parts of a row are left out of a sum",
+        STEPS_CUDA,
+        "constexpr int kTogether = kWhole <= kSpan ? 1 : kWhole / kSpan;",
+        "constexpr int kTogether = 1;",
+        (WRITES, READS),
+    ),
+    Fault(
+        "tiny elements are divided quickly",
+        STEPS_CUDA,
+        "  return (asBits(value) << 1) - 1 >= (0x2b800000u << 1) - 1;  // 2^-40",
+        "  return true;",
+        (WRITES, READS),
+    ),
+    Fault(
+        "the second of a pair is turned with the first as it is by now",
+        STEPS_CUDA,
+        "  b = add(multiply(b, cosine), multiply(a, sine));\n  a = first;",
+        "  a = first;\n  b = add(multiply(b, cosine), multiply(a, sine));",
+        (WRITES,),
+    ),
+    Fault(
+        "rotated dimensions begin at the head",
+        STEPS_CUDA,
+        "const unsigned int dim = rows.dim(i), at = dim - kFirst;",
+        "const unsigned int dim = rows.dim(i), at = dim;",
+        (WRITES,),
+    ),
+    Fault(
+        "a position past its table is taken for another",
+        STEPS_CUDA,
+        "    rows.inside[h] = rows.inside[h] && angles.inside;\n",
+        "",
+        ("test_programs_on_host.py",),
+    ),
+    Fault(
+        "a transform in other threads has the wrong sign",
+        STEPS_CUDA,
+        "x[i] = rows.lane & lanes ? subtract(other, x[i]) : add(x[i], other);",
+        "x[i] = rows.lane & lanes ? subtract(x[i], other) : add(x[i], other);",
+        (WRITES, READS),
+    ),
+    Fault(
+        "a transform is not orthonormal",
+        STEPS_CUDA,
+        "return power == 2 ? root * 0x1.6a09e6p-1f : root;",
+        "return root;",
+        (WRITES, READS),
+    ),
+    Fault(
+        "rows that do not agree are stored in part",
+        PROGRAMMED,
+        "  Side::apply(rows, values);\n  if constexpr (Side::kChecks) rows.agree();\n"
+        "#pragma unroll\n  for (int h = 0; h < Held::kHeads; ++h) {\n    [[maybe",
+        "  Side::apply(rows, values);\n#pragma unroll\n"
+        "  for (int h = 0; h < Held::kHeads; ++h) {\n    [[maybe",
+        ("test_programs_on_host.py::test_all_threads_of_a_row_agree",),
+    ),
+    Fault(
+        "rows of padding are reported",
+        PROGRAMMED,
+        "if (!rows.inside[h] && valid) report(",
+        "if (!rows.inside[h]) report(",
+        ("test_programs_on_host.py",),
+    ),
+    Fault(
+        "threads past the last token store",
+        PROGRAMMED,
+        "    valid = valid && exists;\n",
+        "",
+        ("test_programs_on_host.py",),
+    ),
+    Fault(
+        "the scale of a group is stored by its last thread",
+        PROGRAMMED,
+        "if (rows.has(i) && dim % kGroup == 0) {",
+        "if (rows.has(i) && dim % kGroup == kGroup - 1) {",
+        ("test_programs_on_host.py::test_groups_of_any_size",),
+    ),
+    Fault(
+        "the second head of a thread is stored in the place of the first",
+        PROGRAMMED,
+        "char* const to = cache + inSlot(side.cache, rows.head + h, at.slot, at.block);",
+        "char* const to = cache + inSlot(side.cache, rows.head, at.slot, at.block);",
+        (WRITES,),
+    ),
+    Fault(
+        "tokens of a later launch begin anew",
+        PROGRAMMED,
+        "rows.token = p.first_token + number;",
+        "rows.token = number;",
+        ("test_programs_on_host.py::test_many_tokens_take_several_launches",),
+    ),
+    Fault(
+        "the way back forgets the scale",
+        PROGRAMMED,
+        "  if constexpr (Side::kMode > kConverted) {",
+        "  if constexpr (false) {",
+        (READS,),
+    ),
+    Fault(
+        "wide accesses at any address",
+        f"{PROGRAMS}/nvidia.py",
+        "            address % wanted[name] == 0\n",
+        "            address >= 0 or wanted[name]\n",
+        ("test_programs_on_host.py::test_unaligned_addresses",),
+    ),
+    Fault(
+        "heads that are shared need not be even",
+        f"{PROGRAMS}/text.py",
+        "        return math.gcd(heads, MOST_HEADS)",
+        "        return MOST_HEADS",
+        (WRITES,),
+    ),
+    Fault(
+        "an axis may have any length",
+        f"{EXPRESSIONS}/parse.py",
+        "if wanted is not None and length != wanted:",
+        "if wanted is not None and length is not None and length < wanted:",
+        ("test_programs.py", "test_expressions.py", "test_programs_on_host.py"),
+    ),
+    Fault(
+        "parameters that no step names are ignored",
+        f"{PROGRAMS}/kernels.py",
+        "            if name not in self._names:\n",
+        '            if name not in self._names and name == "":\n',
+        ("test_programs.py",),
+    ),
+    Fault(
+        "a scale may differ from element to element",
+        f"{STEPS}/quantizer.py",
+        "        if _varies(scale):\n",
+        "        if False:\n",
+        ("test_programs.py",),
+    ),
+    Fault(
+        "numbers of another kind match",
+        "pagedcache/arrays/matching.py",
+        '        conditions.append(f"type({name}) is {kind.__name__}")\n',
+        '        conditions.append(f"isinstance({name}, (int, float))")\n',
+        ("test_programs.py",),
+    ),
+    Fault(
+        "rms_norm forgets eps on the CPU",
+        f"{STEPS}/named.py",
+        "np.sqrt(mean + np.float32(step.eps))",
+        "np.sqrt(mean)",
+        ("test_recipes.py", "test_programs_on_host.py"),
+    ),
+    Fault(
+        "cosines and sines change places on the CPU",
+        f"{STEPS}/named.py",
+        "cosines, sines = angles[:, None, :half], angles[:, None, half:]",
+        "sines, cosines = angles[:, None, :half], angles[:, None, half:]",
+        ("test_recipes.py",),
+    ),
+    Fault(
+        "invalid rows are put out on the CPU",
+        f"{PROGRAMS}/cpu.py",
+        "            chosen = np.nonzero(inside)\n            rows[out.name]",
+        "            chosen = np.nonzero(inside | True)\n            rows[out.name]",
+        ("test_programs.py",),
+    ),
+    Fault(
+        "scales of invalid rows are written on the CPU",
+        "pagedcache/cache/cpu.py",
+        "scales = None if scales is None else scales[token, head]",
+        "scales = None if scales is None else scales[token, head] * 0 + 1",
+        ("test_recipes.py", "test_programs_on_host.py"),
+    ),
+    Fault(
+        "in place use is refused in debug mode",
+        "pagedcache/operators/careful.py",
+        "if in_place.get(other) == name and",
+        "if in_place.get(other) == other and",
+        ("test_programs.py::test_in_place",),
     ),
     Fault(
         "the bench's blocks are filled out of order",
