@@ -1655,10 +1655,10 @@ FAULTS = (
         ("test_programs_on_host.py",),
     ),
     Fault(
-        "the scale of a group is stored by its last thread",
+        "the scale of a group is stored in the place of another",
         PROGRAMMED,
-        "if (rows.has(i) && dim % kGroup == 0) {",
-        "if (rows.has(i) && dim % kGroup == kGroup - 1) {",
+        "*reinterpret_cast<unsigned int*>(to + dim / kGroup * group_stride) =",
+        "*reinterpret_cast<unsigned int*>(to + dim / kGroup / 2 * group_stride) =",
         ("test_programs_on_host.py::test_groups_of_any_size",),
     ),
     Fault(
