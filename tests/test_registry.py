@@ -199,8 +199,8 @@ def test_what_is_not_a_backend_is_refused_at_once(clean, monkeypatch):
 
 def test_one_call_finds_its_descriptor_again(monkeypatch):
     kept = forget(monkeypatch)
-    made, create = [], kept._create
-    kept._create = lambda *arguments: made.append(1) or create(*arguments)
+    made, create = [], kept.create
+    kept.create = lambda *arguments: made.append(1) or create(*arguments)
     case = simple_case(tokens=9)
     k_cache, v_cache, k, v, slots = case.arrays()
     pc.paged_caching(k_cache, v_cache, k, v, slots)
@@ -228,8 +228,8 @@ def test_one_call_finds_its_descriptor_again(monkeypatch):
 
 def test_the_least_recently_used_descriptors_are_forgotten(monkeypatch):
     kept = forget(monkeypatch)
-    made, create = [], kept._create
-    kept._create = lambda *arguments: made.append(arguments[0].shape[-1]) or create(*arguments)
+    made, create = [], kept.create
+    kept.create = lambda *arguments: made.append(arguments[0].shape[-1]) or create(*arguments)
 
     def write(size):
         cache = np.zeros((1, 1, 1, size), np.float16)
@@ -330,8 +330,8 @@ def test_a_descriptor_that_is_found_often_is_tried_first(monkeypatch):
 def test_libraries_in_turn_share_a_descriptor(monkeypatch):
     pytest.importorskip("torch")
     kept = forget(monkeypatch)
-    made, create = [], kept._create
-    kept._create = lambda *arguments: made.append(1) or create(*arguments)
+    made, create = [], kept.create
+    kept.create = lambda *arguments: made.append(1) or create(*arguments)
     case = simple_case()
     slots = case.views["slot_mapping"]
     for turn in range(12):

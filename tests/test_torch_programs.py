@@ -413,7 +413,7 @@ def test_other_bad_arguments(operator):
         operator(3, new_name())
 
 
-@pytest.mark.parametrize("name", ["größe", "for"])
+@pytest.mark.parametrize("name", ["größe", "länge"])
 def test_names_of_parameters_that_pytorch_refuses(operator, name):
     kernel = pc.WriteKernel(k=[pc.rope(name, "positions")])
     assert name in kernel.parameters
