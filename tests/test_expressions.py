@@ -225,6 +225,8 @@ def test_a_large_power_takes_few_operations():
          "gain"),
         ("gain[head, dim]", "it has 1 axis, got 2", "gain[head, dim]"),
         ("gain[x]", "needs an integer for an index, got a number with a fraction; use int(", "x"),
+        ("gain[-1]", "has a negative index, which is outside", "-1"),
+        ("at(-1)", "has a negative index, which is outside", "-1"),
         ("x.real", "has an attribute, which is not in the language", "x.real"),
         ("'a'", "has a string, which is not in the language", "'a'"),
         ("1j", "has a complex number", "1j"),

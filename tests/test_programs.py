@@ -328,6 +328,8 @@ def test_bad_calls(steps, given, kind, message):
         (lambda: pc.cast("int8"), BadParamError, "dtype must be one of float16"),
         (lambda: pc.quantize("s", "x", "int8"), BadParamError, "scale must not have s,"),
         (lambda: pc.quantize("1", "x", "float16"), BadParamError, "format must be one of"),
+        (lambda: pc.quantize("1", "x / scale", "int8"), pc.ExpressionError,
+         "the code of quantize must call the scale s"),
         (lambda: pc.quantize(1, "x", "int8"), BadParamTypeError, "scale must be an expression"),
         (lambda: pc.cuda(""), BadParamError, "text must not be empty"),
         (lambda: pc.cuda("y = x;", numpy=3), BadParamTypeError, "numpy must be a function of x"),
@@ -546,9 +548,13 @@ def test_the_guide_runs():
     guide = Path(pc.__file__).parents[1] / "docs" / "steps.md"
     if not guide.exists():
         pytest.skip("there is no checkout here")
-    [code] = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
     scope = {}
-    exec(code, scope)
+    exec(first, scope)
     rows = scope["k_cache"].reshape(-1, 2, 64)
     assert rows[[37, 38]].all()
     assert not np.delete(rows, [37, 38], axis=0).any()
+    exec(second, scope)
+    k, k_out = scope["k"].astype(F32), scope["k_out"].astype(F32)
+    assert np.abs(k_out[:2] / 2 - k[:2]).max() < 0.02
+    assert not k_out[2].any()

@@ -457,6 +457,9 @@ class _Typer(_Marking):
         return _converted(found, Kind.INT) if found.kind is Kind.BOOL else found
 
     def _whole(self, at: ast.expr) -> Node:
+        match at:
+            case ast.UnaryOp(ast.USub(), ast.Constant(int(count))) if count > 0:
+                self.fail(at, "has a negative index, which is outside: indices count from 0 only")
         found = self._number(at)
         if found.kind is not Kind.INT:
             self.fail(

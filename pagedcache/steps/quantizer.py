@@ -66,6 +66,8 @@ def quantize(
     if group is not None:
         group = whole("group", group, 1)
     made = parse(scale, "the scale of quantize"), parse(code, "the code of quantize")
+    if "scale" in made[1].parameters:
+        made[1].fail(f"must call the scale {SCALE}")
     if SCALE in made[0].parameters:
         raise BadParamError("scale", f"must not have {SCALE}, which is the scale itself", scale)
     return Quantize(*made, FORMATS[format], group)
