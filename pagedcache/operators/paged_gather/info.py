@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAMES = ("k_cache", "v_cache", "slot_mapping", "k_out", "v_out", "k_scale", "v_scale")
 OPTIONAL = ("v_cache", "v_out", "k_scale", "v_scale")
 FREE = ("slot_mapping", "k_out", "v_out")
+_NO_V = "must be None, because v_cache is None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,9 @@ class PagedGatherInfo:
             if not isinstance(tensor, TensorDescriptor):
                 raise BadParamTypeError(name, "must be a TensorDescriptor", shown(tensor))
             described[name] = tensor
-        letters = _letters(described, v_format)
+        letters = letters_of(described)
+        if v_format is not None and letters == "k":
+            raise BadParamError("v_format", _NO_V, shown(v_format))
         k_out = described["k_out"]
         layout = resolve_layout(layout, k_cache.shape, k_out.shape, subject="k_out")
         rules, sizes, sides = check_tables(
@@ -131,7 +134,7 @@ class PagedGatherInfo:
         )
 
 
-def _letters(described: Mapping[str, TensorDescriptor], v_format: str | None) -> str:
+def letters_of(described: Mapping[str, TensorDescriptor]) -> str:
     """Return the sides that there are."""
     if "v_cache" in described and "v_out" in described:
         return "kv"
@@ -139,11 +142,9 @@ def _letters(described: Mapping[str, TensorDescriptor], v_format: str | None) ->
         if name in described:
             rule = f"must be None, because {other} is None; give both to read V back"
             raise BadParamError(name, rule, f"an array of shape {described[name].shape}")
-    scale, rule = described.get("v_scale"), "must be None, because v_cache is None"
+    scale = described.get("v_scale")
     if scale is not None:
-        raise BadParamError("v_scale", rule, f"an array of shape {scale.shape}")
-    if v_format is not None:
-        raise BadParamError("v_format", rule, shown(v_format))
+        raise BadParamError("v_scale", _NO_V, f"an array of shape {scale.shape}")
     return "k"
 
 

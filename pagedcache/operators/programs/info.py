@@ -15,6 +15,9 @@ from pagedcache.cache.layout import SIZES, resolve_layout
 from pagedcache.cache.tables import SLOT_DTYPES, cache_rule, check_tables, rows_rule, scale_rule
 from pagedcache.dtypes import BF16, E4M3, E5M2, F16, F32, I32, I64, U8, Dtype
 from pagedcache.expressions import Kind, Parameter
+from pagedcache.operators.paged_gather.info import NAMES as READ_NAMES
+from pagedcache.operators.paged_gather.info import OPTIONAL as READ_OPTIONAL
+from pagedcache.operators.paged_gather.info import letters_of
 from pagedcache.rules import Rule, Rules
 from pagedcache.status import BadParamError, BadTensorDtypeError, shown
 from pagedcache.steps import Pipeline, ResolvedPipeline, RowShape
@@ -43,9 +46,6 @@ WRITE_NAMES = (
 )  # fmt: skip
 WRITE_OPTIONAL = WRITE_NAMES[5:]
 WRITE_FREE = ("k", "v", "slot_mapping", "q", "q_out", "k_out", "v_out")
-READ_NAMES = ("k_cache", "v_cache", "slot_mapping", "k_out", "v_out", "k_scale", "v_scale")
-READ_OPTIONAL = ("v_cache", "v_out", "k_scale", "v_scale")
-READ_FREE = ("slot_mapping", "k_out", "v_out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +214,7 @@ class ProgramInfo:
         PagedCacheError
             The message names the tensor or the step, the rule and what was found.
         """
-        if program.reads:
-            letters = _letters_read(described)
-        else:
-            letters = _letters_written(described, program)
+        letters = letters_of(described) if program.reads else _letters_written(described, program)
         rows = {letter: f"{letter}_out" if program.reads else letter for letter in letters}
         of_cache = {letter: name for letter, name in rows.items() if letter != "q"}
         layout = resolve_layout(
@@ -296,20 +293,6 @@ def _letters_written(described: Mapping[str, TensorDescriptor], program: Program
     if "q_out" in described:
         raise BadParamError("q", "must be given, because q_out is")
     return "kv"
-
-
-def _letters_read(described: Mapping[str, TensorDescriptor]) -> str:
-    """Return the sides of a read."""
-    if "v_cache" in described and "v_out" in described:
-        return "kv"
-    for name, other in (("v_cache", "v_out"), ("v_out", "v_cache")):
-        if name in described:
-            rule = f"must be None, because {other} is None; give both to read V back"
-            raise BadParamError(name, rule, f"an array of shape {described[name].shape}")
-    if "v_scale" in described:
-        got = f"an array of shape {described['v_scale'].shape}"
-        raise BadParamError("v_scale", "must be None, because v_cache is None", got)
-    return "k"
 
 
 def _format_of_quantizer(letter: str, named: str | None, pipeline: Pipeline) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pagedcache.cache.sides import refuse_bad_scales
 from pagedcache.operators.one_call import Kept
 from pagedcache.operators.paged_caching.inspect import inspect
+from pagedcache.operators.paged_gather.info import FREE as READ_FREE
+from pagedcache.operators.paged_gather.info import OPTIONAL as READ_OPTIONAL
 from pagedcache.operators.programs.info import (
     INVALID_OF,
-    READ_FREE,
-    READ_OPTIONAL,
     WRITE_FREE,
     WRITE_OPTIONAL,
     Program,
