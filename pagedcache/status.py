@@ -166,7 +166,7 @@ class InvalidSlotError(BadParamError, IndexError):
 
 
 class InvalidIndexError(BadParamError, IndexError):
-    """An index in a step, such as a position, is outside the array that it is an index of.
+    """An index in a step, such as a position, is out of range.
 
     Parameters
     ----------
@@ -188,9 +188,9 @@ class InvalidIndexError(BadParamError, IndexError):
     def __str__(self) -> str:
         rows = "row" if self.count == 1 else "rows"
         return (
-            f"the steps of {self.steps} have an index, such as a position, that is outside its "
-            f"parameter at token {self.token}, so its row was not written ({self.count} invalid "
-            f"{rows} {self._where})"
+            f"the steps of {self.steps} have an index, such as a position, that is out of range at "
+            f"token {self.token}, so its row was not written ({self.count} invalid {rows} "
+            f"{self._where})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

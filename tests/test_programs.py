@@ -198,8 +198,8 @@ def test_positions_outside_the_table():
     with pytest.raises(pc.InvalidIndexError) as error:
         kernel.check()
     assert str(error.value) == (
-        "the steps of q have an index, such as a position, that is outside its parameter at token "
-        "2, so its row was not written (12 invalid rows since the last check)"
+        "the steps of q have an index, such as a position, that is out of range at token 2, so its "
+        "row was not written (12 invalid rows since the last check)"
     )
     assert (error.value.steps, error.value.token, error.value.count) == ("q", 2, 12)
     kernel.check()

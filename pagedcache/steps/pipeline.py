@@ -150,7 +150,7 @@ class ResolvedPipeline:
 
     @property
     def meets(self) -> bool:
-        """Whether the threads of a row wait for what others have found."""
+        """Whether the threads of a row wait for each other, in a sum or a transform."""
         return any(step.meets for step in self.steps)
 
     def apply(self, rows: Array, around: Around) -> tuple[Array, Array]:
