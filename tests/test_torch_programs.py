@@ -90,7 +90,7 @@ def in_place_in_inputs(store, m, factor=0.5, count=3, flag=True):
         m["caches"][0], m["caches"][1], k, v, m["slots"], q=q, q_out=q, weight=m["weight"],
         cos_sin=m["cos_sin"], positions=m["positions"], factor=factor, count=count, flag=flag,
     )  # fmt: skip
-    return (q.sum(),)
+    return (q.amax(),)
 
 
 def elsewhere(store, m, factor=0.5, count=3, flag=True):
