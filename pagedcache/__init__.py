@@ -35,10 +35,13 @@ from pagedcache.operators.paged_gather.descriptor import GatherDescriptor
 from pagedcache.operators.paged_gather.info import PagedGatherInfo
 from pagedcache.operators.paged_gather.one_call import paged_gather
 from pagedcache.operators.programs.kernels import ReadKernel, WriteKernel
+from pagedcache.operators.slot_mapping.descriptor import SlotMappingDescriptor
+from pagedcache.operators.slot_mapping.one_call import slot_mapping
 from pagedcache.status import (
     CacheOverlapError,
     DuplicateSlotError,
     InvalidIndexError,
+    InvalidPositionError,
     InvalidSlotError,
     NonFiniteError,
     PagedCacheError,
@@ -60,6 +63,7 @@ __all__ = [
     "GatherDescriptor",
     "Handle",
     "InvalidIndexError",
+    "InvalidPositionError",
     "InvalidSlotError",
     "LaunchConfig",
     "NonFiniteError",
@@ -69,6 +73,7 @@ __all__ = [
     "ReadKernel",
     "RequiresGradError",
     "SlotExplanation",
+    "SlotMappingDescriptor",
     "SourceOverlapError",
     "Status",
     "Step",
@@ -86,6 +91,7 @@ __all__ = [
     "register_backend",
     "rms_norm",
     "rope",
+    "slot_mapping",
     "status",
     "warmup",
 ]

@@ -44,6 +44,9 @@ class Rule:
         How many elements of the last axis are stored in each element of the tensor.
     in_place : str or None
         The tensor that it may be itself, although it is written.
+    loose : bool
+        Whether its first axis may have any length from call to call, whatever other tensors have.
+        The operator is told that length as a number, and checks it.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Rule:
     any_stride: bool = False
     packed: int = 1
     in_place: str | None = None
+    loose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +91,11 @@ class Rules:
 
     @property
     def free_names(self) -> frozenset[str]:
-        """The names of the tensors that have the free axis."""
+        """The names of the tensors whose first axis is free."""
         return frozenset(rule.name for rule in self.tensors if self._is_free(rule))
 
     def _is_free(self, rule: Rule) -> bool:
-        return rule.axes[:1] == (self.free,)
+        return rule.loose or rule.axes[:1] == (self.free,)
 
     def _present(self, described: Mapping[str, TensorDescriptor]) -> list[Rule]:
         return [rule for rule in self.tensors if not rule.optional or rule.name in described]
@@ -146,6 +150,7 @@ class Rules:
                 rule.written,
                 rule.written or rule.apart,
                 rule.in_place,
+                rule.loose,
             )
 
         return tuple(map(of, self.tensors))
@@ -169,8 +174,8 @@ class Rules:
                 wanted = f"must have {len(rule.axes)} {plural} {axes}"
                 raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
             lengths = (*shape[:-1], shape[-1] * rule.packed) if rule.packed > 1 else shape
-            for axis, length in zip(rule.axes, lengths, strict=True):
-                if axis == self.free:
+            for index, (axis, length) in enumerate(zip(rule.axes, lengths, strict=True)):
+                if index == 0 and self._is_free(rule):
                     continue
                 if length < 1:
                     wanted = f"must have a {axis} of at least 1 in {axes}"
@@ -181,7 +186,7 @@ class Rules:
                     raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
         rows = described[self.counted_by].shape[0]
         for rule in self._present(described):
-            if self._is_free(rule):
+            if self._is_free(rule) and not rule.loose:
                 check_rows(rule.name, described[rule.name].shape[0], self.counted_by, rows)
         return {self.free: rows} | {axis: length for axis, (length, _) in sizes.items()}
 

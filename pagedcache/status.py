@@ -15,6 +15,7 @@ exception that a Python user would expect::
     |   |-- RequiresGradError (RuntimeError)                BAD_PARAM
     |   |-- InvalidSlotError (IndexError)                   BAD_PARAM
     |   |-- InvalidIndexError (IndexError)                  BAD_PARAM
+    |   |-- InvalidPositionError (IndexError)               BAD_PARAM
     |   |-- DuplicateSlotError                              BAD_PARAM
     |   |-- NonFiniteError                                  BAD_PARAM
     |   |-- CacheOverlapError                               BAD_PARAM
@@ -195,6 +196,35 @@ class InvalidIndexError(BadParamError, IndexError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.steps, self.token, self.count, self._where)
+
+
+class InvalidPositionError(BadParamError, IndexError):
+    """Some positions have no block in the table of their request. Their slots are -1.
+
+    Attributes
+    ----------
+    token : int
+        The first token with such a position.
+    position : int
+        Its position.
+    count : int
+        The number of such tokens.
+    """
+
+    def __init__(self, token: int, position: int, count: int, where: str = "in this call") -> None:
+        super().__init__("positions", "")
+        self.token, self.position, self.count = token, position, count
+        self._where = where
+
+    def __str__(self) -> str:
+        tokens = "token" if self.count == 1 else "tokens"
+        return (
+            f"positions[{self.token}] = {self.position} has no block in the block table of its "
+            f"request ({self.count} such {tokens} {self._where})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.token, self.position, self.count, self._where)
 
 
 class DuplicateSlotError(BadParamError):

@@ -126,6 +126,7 @@ class Expected(NamedTuple):
     written: bool
     apart: bool  # whether it may share no memory with what is written
     in_place: str | None = None  # the array that it may be itself
+    loose: bool = False  # whether the free axis may be shorter than the call has rows
 
     def with_rows(self, count: int) -> Expected:
         """Return the same with a length of `count` for the first axis if that is free."""

@@ -7,9 +7,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pagedcache.status import BadParamError, BadParamTypeError, PagedCacheError
 
 if TYPE_CHECKING:
+    from pagedcache.dtypes import Dtype
     from pagedcache.tensors import Expected, Tensor
 
 
@@ -48,6 +51,19 @@ class Library:
         """
         return None
 
+    def empty(self, subject: str, like: Any, shape: tuple[int, ...], dtype: Dtype) -> Any:
+        """Return an array that can be written, of this library if it has such, where `like` is.
+
+        Its elements may be anything.
+        """
+        _, colon, index = self.read(subject, like).device.partition(":")
+        if not colon:
+            return np.empty(shape, dtype)
+        import cupy
+
+        with cupy.cuda.Device(int(index)):
+            return cupy.empty(shape, dtype)
+
     # What follows is Python source for `pagedcache.arrays.matching`. In all of it, `expected` says
     # what an array must be like, and its name is the variable that holds the array. `constants`
     # gets a value for each other name that is used, all of which begin with an underscore.
@@ -84,7 +100,8 @@ class Library:
 
 def long_enough(one: Expected, counted_by: str) -> list[str]:
     """Return conditions for the length of an array whose length its ``len`` gives."""
-    return [f"len({one.name}) >= _count"] if one.free and one.name != counted_by else []
+    at_least = one.free and not one.loose and one.name != counted_by
+    return [f"len({one.name}) >= _count"] if at_least else []
 
 
 @contextlib.contextmanager

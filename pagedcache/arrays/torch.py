@@ -68,6 +68,11 @@ class Torch(Library):
         cuda = self._torch.cuda
         return [int(cuda.current_stream(device).cuda_stream)] if cuda.is_initialized() else []
 
+    def empty(self, subject: str, like: Any, shape: tuple[int, ...], dtype: Dtype) -> Any:
+        """Return a tensor where `like` is."""
+        of_torch = getattr(self._torch, str(dtype))
+        return self._torch.empty(shape, dtype=of_torch, device=like.device)
+
     def check_write(self, subject: str, array: Any) -> None:
         """Raise if autograd would have to record the write, as it does for its own operators."""
         if array.requires_grad and self._torch.is_grad_enabled():
@@ -137,7 +142,7 @@ class Torch(Library):
         for one, strides in zip(expected, steps, strict=True):
             if one.free:
                 strides[0] = one.strides[0] // one.dtype.itemsize
-        longer = [one.free and one.name != counted_by for one in expected]
+        longer = [one.free and not one.loose and one.name != counted_by for one in expected]
         try:
             constants["_guards"] = guards = _Guards(self._torch, expected, arrays, steps, longer)
         except (AttributeError, TypeError):  # of some other version

@@ -6,8 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 from pagedcache.arrays.find import adopt, part
+from pagedcache.arrays.library import reading
+from pagedcache.cache.tables import SLOT_DTYPES
 from pagedcache.compat.common import copy_bytes, is_of_bytes, shape_of
 from pagedcache.operators.paged_caching.one_call import paged_caching
+from pagedcache.operators.slot_mapping.one_call import page_slots
 from pagedcache.status import BadParamError, BadTensorDtypeError, BadTensorShapeError, shown
 
 
@@ -24,9 +27,8 @@ def append_paged_kv_cache(
 ) -> None:
     """Write the K and V of each token to the pages of its sequence.
 
-    The slots are computed with the library of the index arrays, which takes about fifty array
-    operations (and, on a GPU, as many launches) per call and allocates memory. To write many
-    layers, compute the slots once and call `pagedcache.paged_caching` for each layer.
+    The slots are computed first, on the device, into a new array. To write many layers, compute
+    them once (`pagedcache.slot_mapping`) and call `pagedcache.paged_caching` for each layer.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ def append_paged_kv_cache(
         An index array does not have an integer dtype; or `append_key` or `append_value` is not of
         the dtype of the pages, and the elements of one of them are of one byte.
     BadParamError
-        Unknown `kv_layout`, or the slots cannot be computed from the index arrays.
+        Unknown `kv_layout`.
     PagedCacheError
         See `pagedcache.paged_caching`, also for streams and threads. In these messages,
         `append_key` is k and `append_value` is v.
@@ -90,11 +92,11 @@ def append_paged_kv_cache(
         if shape[:1] != key_shape[:1]:
             rule = f"must be as long as append_key, which has shape {key_shape}"
             raise BadTensorShapeError(name, rule, f"shape {shape}")
-    try:
-        slots = _slots(batch_indices, positions, kv_indices, kv_indptr, num_pages, page_size)
-    except Exception as error:
-        rule = f"must be integer arrays of the same library ({error})"
-        raise BadParamError("batch_indices, positions, kv_indices and kv_indptr", rule) from error
+    slots = page_slots(
+        *(_wide(name, table) for name, table in tables.items()),
+        page_size=page_size,
+        num_pages=num_pages,
+    )
     arrays = (k_cache, v_cache, append_key, append_value)
     if any(map(is_of_bytes, arrays)):
         copy_bytes(
@@ -128,29 +130,9 @@ def _check_indices(name: str, array: Any) -> None:
         raise BadTensorShapeError(name, "must have one axis", f"shape {tensor.shape}")
 
 
-def _slots(
-    batch_indices: Any,
-    positions: Any,
-    kv_indices: Any,
-    kv_indptr: Any,
-    num_pages: int,
-    page_size: int,
-) -> Any:
-    # Conditions are ints of 0 or 1 that indices are multiplied by, so that no index is ever outside
-    # of its array, whatever the input.
-    batch, position = _int64(batch_indices), _int64(positions)
-    used = _int64(batch >= 0)
-    known = used * _int64(batch < len(kv_indptr) - 1) * _int64(position >= 0)
-    batch, position = batch * known, position * known
-    start, end = _int64(kv_indptr[batch]), _int64(kv_indptr[(batch + 1) * known])
-    entry = start + position // page_size
-    inside = known * _int64(start >= 0) * _int64(entry < end) * _int64(entry < len(kv_indices))
-    inside = inside * _int64(entry >= 0)
-    page = _int64(kv_indices[entry * inside]) if len(kv_indices) else inside
-    inside = inside * _int64(page >= 0) * _int64(page < num_pages)
-    valid = page * inside * page_size + position * inside % page_size
-    return valid + (used - inside) * (num_pages * page_size) + (used - 1)
-
-
-def _int64(array: Any) -> Any:
-    return array.long() if hasattr(array, "long") else array.astype("int64")
+def _wide(name: str, array: Any) -> Any:
+    """Return an array of ints that the kernel takes, which is this array if it has such."""
+    if adopt(name, array).dtype in SLOT_DTYPES:
+        return array
+    with reading(name, array):
+        return array.long() if hasattr(array, "long") else array.astype("int64")

@@ -109,10 +109,10 @@ class Arguments:
         addresses = [0] * len(self.names)
         for i, one in self.present:
             tensor, array = tensors[i], arrays[i]
-            if tensor is not None and one.free:
+            if tensor is not None and one.free and not one.loose:
                 check_rows(one.name, tensor.shape[0], self.counted_by, rows)
             address = array if tensor is None else tensor.address
-            if rows or not one.free:
+            if tensor.shape[0] if one.loose and tensor is not None else rows or not one.free:
                 check_address(one.name, address, one.dtype.itemsize)
             addresses[i] = address
             if tensor is not None and one.written:
