@@ -13,9 +13,13 @@ exception that a Python user would expect::
     |   |-- BadParamTypeError (TypeError)                   BAD_PARAM
     |   |-- DestroyedError (RuntimeError)                   BAD_PARAM
     |   |-- RequiresGradError (RuntimeError)                BAD_PARAM
+    |   |-- FreedError (RuntimeError)                       BAD_PARAM
+    |   |-- PoolExhaustedError (MemoryError)                BAD_PARAM
     |   |-- InvalidSlotError (IndexError)                   BAD_PARAM
     |   |-- InvalidIndexError (IndexError)                  BAD_PARAM
     |   |-- InvalidPositionError (IndexError)               BAD_PARAM
+    |   |-- InvalidBlockError (IndexError)                  BAD_PARAM
+    |   |-- DuplicateBlockError                             BAD_PARAM
     |   |-- DuplicateSlotError                              BAD_PARAM
     |   |-- NonFiniteError                                  BAD_PARAM
     |   |-- CacheOverlapError                               BAD_PARAM
@@ -129,6 +133,49 @@ class DestroyedError(BadParamError, RuntimeError):
     """A handle or descriptor was used after ``destroy``."""
 
 
+class FreedError(BadParamError, RuntimeError):
+    """A sequence of a pool was used after ``free``."""
+
+
+class PoolExhaustedError(BadParamError, MemoryError):
+    """A pool has fewer free blocks than a call needs. Nothing was changed.
+
+    Attributes
+    ----------
+    needed : int
+        The number of free blocks that the call needs; as in `BlockPool.num_needed`.
+    free : int
+        The number of blocks that are free.
+    num_blocks : int
+        The number of blocks that there are.
+    """
+
+    def __init__(
+        self,
+        subject: str,
+        needed: int,
+        free: int,
+        num_blocks: int,
+        where: str = "of the pool",
+        otherwise: str = "make a pool with more blocks",
+    ) -> None:
+        super().__init__(subject, "")
+        self.needed, self.free, self.num_blocks = needed, free, num_blocks
+        self._where, self._otherwise = where, otherwise
+
+    def __str__(self) -> str:
+        blocks = "block" if self.needed == 1 else "blocks"
+        return (
+            f"{self.subject} must fit into the free blocks {self._where}, but {self.needed} "
+            f"{blocks} must be free and {self.free} of {self.num_blocks} are; free sequences and "
+            f"try again, or {self._otherwise}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        numbers = self.needed, self.free, self.num_blocks
+        return type(self), (self.subject, *numbers, self._where, self._otherwise)
+
+
 class RequiresGradError(BadParamError, RuntimeError):
     """A PyTorch tensor that requires grad would be written in place."""
 
@@ -225,6 +272,52 @@ class InvalidPositionError(BadParamError, IndexError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.token, self.position, self.count, self._where)
+
+
+class InvalidBlockError(BadParamError, IndexError):
+    """A list of blocks names some that do not exist.
+
+    Attributes
+    ----------
+    index : int
+        The first entry that does.
+    block : int
+        What it names.
+    num_blocks : int
+        How many there are.
+    count : int
+        The number of such entries.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        side: str,
+        index: int,
+        block: int,
+        num_blocks: int,
+        count: int,
+        where: str = "in this call",
+    ) -> None:
+        super().__init__(name, "")
+        self.side, self.index, self.block = side, index, block
+        self.num_blocks, self.count, self._where = num_blocks, count, where
+
+    def __str__(self) -> str:
+        entries = "entry" if self.count == 1 else "entries"
+        side = f" as its {self.side}" if self.side else ""
+        return (
+            f"{self.subject}[{self.index}] has block {self.block}{side}, but there are "
+            f"{self.num_blocks} blocks ({self.count} invalid {entries} {self._where})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (self.side, self.index, self.block, self.num_blocks, self.count, self._where)
+        return type(self), (self.subject, *values)
+
+
+class DuplicateBlockError(BadParamError):
+    """Two pairs copy to one block, so either of them could be what ends up there."""
 
 
 class DuplicateSlotError(BadParamError):
