@@ -12,8 +12,10 @@ import numpy as np
 from cupy.cuda import driver, runtime
 
 from pagedcache.arrays.find import adopt_stream, current_streams
+from pagedcache.arrays.memory import StreamHandle
 from pagedcache.backend.nvidia import fork
 from pagedcache.backend.nvidia.driver import relaxed_capture_mode
+from pagedcache.locks import make_lock
 from pagedcache.status import (
     BadParamError,
     LaunchError,
@@ -62,10 +64,16 @@ class Context:
     def __init__(self, index: int) -> None:
         get_stream = cupy.cuda.get_current_stream
         self.index = index
-        self.name = f"cuda:{index}"
+        self.name = f"{self.kind}:{index}"
         # Not a method, which would have to look all of this up at each call.
         self.current_stream: Callable[[], int] = lambda: get_stream(index).ptr
         self._side_stream: Any = None
+        self._resident: dict[bytes, int] = {}
+        self._resident_lock = make_lock()
+
+    @staticmethod
+    def _outside_captures() -> contextlib.AbstractContextManager[None]:
+        return relaxed_capture_mode()
 
     @contextlib.contextmanager
     def current(self, step: str) -> Iterator[None]:
@@ -74,10 +82,10 @@ class Context:
         What is done here is never captured, and never ends a capture that another thread has begun.
         """
         try:
-            with cupy.cuda.Device(self.index), relaxed_capture_mode():
+            with cupy.cuda.Device(self.index), self._outside_captures():
                 yield
         except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
-            raise failure(step, self.index, error) from error
+            raise failure(step, self.name, error) from error
 
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream of CuPy, PyTorch, or any with ``__cuda_stream__``."""
@@ -88,7 +96,7 @@ class Context:
         handle, device = adopt_stream(stream)
         if device not in (None, self.index):
             raise BadParamError(
-                "stream", f"must be a stream on {self.name}", f"one on cuda:{device}"
+                "stream", f"must be a stream on {self.name}", f"one on {self.kind}:{device}"
             )
         return KeptStream.of(handle, stream)
 
@@ -113,7 +121,7 @@ class Context:
         except runtime.CUDARuntimeError as error:
             if error.status in _CAPTURE:
                 return True  # the default stream cannot be queried while another is captured
-            raise failure("asking whether a stream is captured", self.index, error) from error
+            raise failure("asking whether a stream is captured", self.name, error) from error
         except RuntimeError:  # what CuPy raises for a capture that is already broken
             return True
 
@@ -148,10 +156,67 @@ class Context:
         with self.current("waiting"):
             runtime.deviceSynchronize()
 
+    def mark(self, stream: int) -> Callable[[], bool]:
+        """Return a function that tells whether all that is queued on a stream now is done."""
+        with self.current("marking a stream"):
+            event = cupy.cuda.Event(disable_timing=True)
+            runtime.eventRecord(event.ptr, stream)
+
+        def done() -> bool:
+            with self.current("asking whether a copy is done"):
+                return bool(event.done)
+
+        return done
+
     def idle(self, stream: int) -> bool:
         """Return whether everything that was queued on a stream is done."""
         with self.current("asking a stream"):
             return bool(runtime.streamQuery(stream) == 0)
+
+    def resident(self, data: bytes) -> int:
+        """Return the address of device memory with this data, which must never be written.
+
+        It stays there until the process ends, because a kernel that is still queued, or a graph
+        that is replayed later, may read it long after its owner is gone. The same data is there
+        once.
+
+        Raises
+        ------
+        NotSupportedError
+            It must allocate while a stream is being captured.
+        LaunchError
+            The device refuses.
+        """
+        with self._resident_lock:
+            if data not in self._resident:
+                if self.captures():
+                    rule = f"{NOT_CAPTURED}; make this call once before the capture"
+                    raise NotSupportedError("allocating memory", rule)
+                with self.current("allocating"):
+                    address = runtime.malloc(len(data))
+                    stream = self.side_stream()
+                    kind = runtime.memcpyHostToDevice
+                    held = np.frombuffer(data, np.uint8)
+                    runtime.memcpyAsync(address, held.ctypes.data, len(data), kind, stream)
+                    runtime.streamSynchronize(stream)
+                self._resident[data] = address
+            return self._resident[data]
+
+    @contextlib.contextmanager
+    def uploaded(self, data: Array, stream: int) -> Iterator[int]:
+        """Copy data to the device for what is queued on a stream in this context.
+
+        Yields its address. The host waits for nothing.
+        """
+        # CuPy gives this memory to what is queued later on the same stream, and to nothing else.
+        queued_on = cupy.cuda.Stream.from_external(StreamHandle(stream))
+        with self.current("copying a list to the device"), queued_on:
+            held = cupy.cuda.alloc(data.nbytes)
+            # The driver has copied pageable memory when this returns.
+            kind = runtime.memcpyHostToDevice
+            runtime.memcpyAsync(held.ptr, data.ctypes.data, data.nbytes, kind, stream)
+            yield held.ptr
+            del held  # while its stream is current
 
     def read(self, address: int, size: int, stream: int) -> Array:
         """Return a copy of device memory, as bytes, once all that is queued on a stream is done."""
@@ -163,23 +228,22 @@ class Context:
         return data
 
 
-def failure(step: str, device: int, error: Any) -> LaunchError:
+def failure(step: str, device: str, error: Any) -> LaunchError:
     """Return the error to raise if CUDA refused a step, with its cause.
 
     Parameters
     ----------
-    step : str
-    device : int
+    step, device : str
     error : CUDADriverError or CUDARuntimeError
     """
     if error.status == _NOT_INITIALIZED and fork.forked():
-        return LaunchError(f"cuda:{device}", fork.RULE)
+        return LaunchError(device, fork.RULE)
     if error.status in _CONTEXT_IS_LOST:
         rule = (
-            f"on cuda:{device} was refused because work that was queued before it failed "
+            f"on {device} was refused because work that was queued before it failed "
             f"({error}); this process can no longer use the GPU, so start a new one"
         )
         return LaunchError(step, rule)
     if error.status in _CAPTURE:
-        return LaunchError(f"{step} on cuda:{device}", f"{NOT_CAPTURED} ({error})")
-    return LaunchError(step, f"on cuda:{device} failed: {error}")
+        return LaunchError(f"{step} on {device}", f"{NOT_CAPTURED} ({error})")
+    return LaunchError(step, f"on {device} failed: {error}")

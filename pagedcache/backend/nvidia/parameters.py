@@ -38,14 +38,14 @@ _FORMATS = {
     ctypes.c_float: "f",
     ctypes.c_double: "d",
 }
-_FIELD = re.compile(r"(?:const )?([\w: ]+?)\s*(\*(?: const)?)?\s*(\w+)")
+_FIELD = re.compile(r"(?:const )?([\w: ]+?)\s*(\*(?: const)?)?\s*(\w+)(?:\[(\d+)\])?")
 
 
 @functools.cache
 def structure(source: str, name: str) -> type[ctypes.Structure]:
     """Return the ctypes structure of a struct in CUDA source.
 
-    Its members must be numbers, pointers, or structs of such, one to a declaration.
+    Its members must be numbers, pointers, arrays of char, or structs of such, one to a declaration.
 
     Raises
     ------
@@ -62,11 +62,13 @@ def structure(source: str, name: str) -> type[ctypes.Structure]:
         if "(" in declaration or not declaration.strip():
             break
         match = _FIELD.fullmatch(" ".join(declaration.split()))
-        if match is None:
+        if match is None or (match[4] and match[1] != "char"):
             raise InternalError(f"struct {name}", "has a member of a kind that is not supported",
                                 declaration.strip())  # fmt: skip
-        kind, pointer, member = match.groups()
-        if pointer:
+        kind, pointer, member, length = match.groups()
+        if length:
+            fields.append((member, ctypes.c_char * int(length)))
+        elif pointer:
             fields.append((member, ctypes.c_void_p))
         else:
             fields.append((member, _TYPES.get(kind) or structure(source, kind.split("::")[-1])))
@@ -77,17 +79,24 @@ def structure(source: str, name: str) -> type[ctypes.Structure]:
 def packer(kind: type[ctypes.Structure]) -> Callable[..., None]:
     """Return a function that writes what changes from call to call into a kernel's parameters.
 
-    That is the first member of `kind`, a struct of numbers and pointers. The function takes a
-    buffer, the offset of the parameters in it, and all members of that struct in their order. It
-    takes about 0.3 us, where assigning them to a ctypes structure takes several times as long.
+    That is the first member of `kind`, a struct of numbers, pointers and arrays of char. The
+    function takes a buffer, the offset of the parameters in it, and all members of that struct in
+    their order, an array as bytes. It takes about 0.3 us, where assigning them to a ctypes
+    structure takes several times as long.
     """
     first: Any = kind._fields_[0]
     call = first[1]
     fields: Any = call._fields_
-    packed = struct.Struct("@" + "".join(_FORMATS[each] for _, each in fields))
+    packed = struct.Struct("@" + "".join(_format(each) for _, each in fields))
     if packed.size != ctypes.sizeof(call):
         raise InternalError(f"struct {call.__name__}", "has padding that cannot be packed")
     return packed.pack_into
+
+
+def _format(kind: Any) -> str:
+    if issubclass(kind, ctypes.Array):
+        return f"{kind._length_}s"
+    return _FORMATS[kind]
 
 
 def divisor(kind: type[ctypes.Structure], value: int) -> ctypes.Structure:
