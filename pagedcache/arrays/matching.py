@@ -162,7 +162,11 @@ def _overlap_check(
     """Return lines that refuse two arrays that may share memory."""
     sizes = []
     for each in (one, other):
-        if each.free:
+        if each.loose:
+            constants[f"_step_of_{each.name}"] = each.strides[0]
+            shape = (1, *each.shape[1:])
+            size = f"_size_of_{each.name} + (len({each.name}) - 1) * _step_of_{each.name}"
+        elif each.free:
             constants[f"_step_of_{each.name}"] = each.strides[0]
             shape = (1, *each.shape[1:])
             size = f"_size_of_{each.name} + (_count - 1) * _step_of_{each.name}"
@@ -174,7 +178,8 @@ def _overlap_check(
     lines = [f"_distance = _at_{other.name} - _at_{one.name}"]
     constants[f"_apart_{one.name}_{other.name}"] = apart
     condition = f"-{sizes[1]} < _distance < {sizes[0]}"
-    condition += f" and _count > _apart_{one.name}_{other.name}.get(_distance, 0)"
+    if not (one.loose or other.loose):  # how many rows are apart depends on both lengths
+        condition += f" and _count > _apart_{one.name}_{other.name}.get(_distance, 0)"
     return [*lines, f"if {condition}:", "    return False"]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,7 +118,12 @@ class Arguments:
             if tensor is not None and one.written:
                 check_writable(one.name, array, tensor)
         if rows:
-            self._check_overlap(rows, addresses)
+            lengths = {
+                i: tensor.shape[0]
+                for i, one in self.present
+                if one.loose and (tensor := tensors[i]) is not None
+            }
+            self._check_overlap(rows, lengths, addresses)
         return rows, *addresses, *given
 
     def check(self, one: Expected, tensor: Tensor) -> None:
@@ -140,9 +145,18 @@ class Arguments:
         if tensor.device != self._device:
             raise _changed(BadParamError, name, f"device {self._device}", tensor.device)
 
-    def _check_overlap(self, rows: int, addresses: Sequence[int]) -> None:
+    def _check_overlap(
+        self, rows: int, lengths: Mapping[int, int], addresses: Sequence[int]
+    ) -> None:
+        """Raise if arrays share memory that must not; `lengths` are those of loose ones."""
         for i, one, j, other in self.apart_pairs:
             at, other_at = addresses[i], addresses[j]
+            if one.loose or other.loose:
+                one = one.with_rows(lengths.get(i, rows))
+                other = other.with_rows(lengths.get(j, rows))
+                if 0 not in (*one.shape, *other.shape):
+                    check_overlap(one, at, other, other_at)
+                continue
             known = self.apart.setdefault((i, j), {})
             if rows > known.get(other_at - at, 0):
                 check_overlap(one.with_rows(rows), at, other.with_rows(rows), other_at)

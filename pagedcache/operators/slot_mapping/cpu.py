@@ -53,7 +53,7 @@ class SlotMapping(Implementation):
         if not tokens or not num_requests:
             return
         found = _vector(positions, of_positions, tokens).astype(np.int64)
-        [token] = np.nonzero(found >= 0)
+        [token] = np.nonzero((found >= 0) & (np.arange(tokens) >= starts[0]))
         position = found[token]
         # The last request that starts at or before the token, found as the kernel finds it.
         request, end = np.zeros_like(position), np.full_like(position, num_requests)
@@ -71,7 +71,8 @@ class SlotMapping(Implementation):
         inside = here & (entry < info.table_length)
         block = np.full_like(position, -1)
         block[inside] = tables[request[inside], entry[inside]]
-        valid = inside & (block >= 0)
+        valid = inside & (block >= 0) & (block >> 32 == 0)  # more would not fit into 64 bits
+        valid[valid] = block[valid] * block_size + offset[valid] <= np.iinfo(of_slots).max
         slots[token[valid]] = block[valid] * block_size + offset[valid]
         [invalid] = np.nonzero(here & ~valid)
         if invalid.size:
@@ -113,10 +114,12 @@ class PageSlots(Implementation):
         slots[:] = np.where(batch < 0, PADDING, num_pages * page_size)
         [token] = np.nonzero((batch >= 0) & (batch < num_sequences) & (position >= 0))
         first = starts[batch[token]].astype(np.int64)
-        entry = first + position[token] // page_size
+        in_table = position[token] // page_size
         end = np.minimum(starts[batch[token] + 1], num_indices)
-        inside = (first >= 0) & (entry < end)
-        token, page = token[inside], pages[entry[inside]].astype(np.int64)
+        inside = (first >= 0) & (first < end)
+        inside[inside] = in_table[inside] < end[inside] - first[inside]
+        entry = first[inside] + in_table[inside]
+        token, page = token[inside], pages[entry].astype(np.int64)
         known = (page >= 0) & (page < num_pages)
         token, page = token[known], page[known]
         slots[token] = page * page_size + position[token] % page_size

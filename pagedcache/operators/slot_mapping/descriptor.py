@@ -62,6 +62,7 @@ class SlotMappingDescriptor(Operation[SlotMappingInfo]):
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.slot_mapping.cpu:SlotMapping",
         "cuda": "pagedcache.operators.slot_mapping.nvidia:SlotMapping",
+        "rocm": "pagedcache.operators.slot_mapping.nvidia:SlotMapping",
     }
 
     @classmethod
@@ -252,6 +253,7 @@ class PageSlots(Operation[PageSlotsInfo]):
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.slot_mapping.cpu:PageSlots",
         "cuda": "pagedcache.operators.slot_mapping.nvidia:PageSlots",
+        "rocm": "pagedcache.operators.slot_mapping.nvidia:PageSlots",
     }
 
     @classmethod

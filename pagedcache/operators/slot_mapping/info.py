@@ -18,9 +18,9 @@ PAGE_NAMES = ("batch_indices", "positions", "kv_indices", "kv_indptr", "out")
 
 RULES = Rules(
     tensors=(
-        Rule("block_tables", ("num_requests", "max_blocks"), SLOT_DTYPES, loose=True),
-        Rule("query_start_loc", ("num_requests + 1",), SLOT_DTYPES, loose=True),
-        Rule("positions", ("num_tokens",), SLOT_DTYPES, loose=True),
+        Rule("block_tables", ("num_requests", "max_blocks"), SLOT_DTYPES, loose=True, apart=True),
+        Rule("query_start_loc", ("num_requests + 1",), SLOT_DTYPES, loose=True, apart=True),
+        Rule("positions", ("num_tokens",), SLOT_DTYPES, loose=True, apart=True),
         Rule("out", ("length",), SLOT_DTYPES, written=True),
     ),
     free="length",

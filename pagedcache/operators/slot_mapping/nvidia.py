@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pagedcache.operators.slot_mapping.info import PageSlotsInfo, SlotMappingInfo
 
 FILE = "slot_mapping.cuh"
-THREADS = 128
+THREADS = 256
 CTYPES = {"int32": "int", "int64": "long long"}
 
 

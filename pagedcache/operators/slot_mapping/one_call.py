@@ -45,7 +45,8 @@ def slot_mapping(
         ``[num_requests or more, max_blocks]``, int32 or int64: the blocks of each request.
     query_start_loc : array
         ``[num_requests + 1]``, int32 or int64, never decreasing: where the tokens of each request
-        begin, and the number of tokens, which may be less than there are positions.
+        begin, and the number of tokens, which may be less than there are positions. Tokens before
+        the first request are padding.
     positions : array
         ``[num_tokens or more]``, int32 or int64. A negative position is padding.
     block_size : int
@@ -64,10 +65,10 @@ def slot_mapping(
     stream : optional
         See `Descriptor.calculate`, where `block_tables` takes the place of `k_cache`.
     on_invalid : {"skip", "raise"}
-        The slot of a position that has no block (it is past the block table, or the entry is
-        negative) is -1. Nothing past a table is read. ``"raise"``: also wait, and raise
-        `InvalidPositionError`. For a report without waiting, use `SlotMappingDescriptor` and its
-        `check`.
+        The slot of a position that has no block (it is past the block table, the entry is negative,
+        or its slot does not fit into `out`) is -1. Nothing past a table is read. ``"raise"``: also
+        wait, and raise `InvalidPositionError`. For a report without waiting, use
+        `SlotMappingDescriptor` and its `check`.
 
     Returns
     -------
@@ -86,7 +87,7 @@ def slot_mapping(
     nothing, so it can be captured, after a first call for arrays of these dtypes and strides, which
     compiles. Any number of threads may call it at the same time.
 
-    The tables, the order of tokens and context parallelism are vLLM's
+    The tables, the order of tokens and context parallelism are those of vLLM 0.33
     (``BlockTables.compute_slot_mappings``).
 
     Examples
