@@ -10,8 +10,11 @@ In dependency order, each importing only what stands above it:
 - `expressions`: what a user says of an element
 - `cache`: what a paged cache is
 - `steps`: what can happen to a row: named steps and expressions, in NumPy and as CUDA text
+- `pool`: which block holds which tokens? Touches no array
 - `operators`: which operator? `base` and its neighbours are for any; `paged_caching` is the write,
-  `paged_gather` reads back, `programs` do either with steps of the user's
+  `paged_gather` reads back, `programs` do either with steps of the user's; `slot_mapping` says
+  where tokens go, and `blocks` are copied whole
+- `host_blocks`, `kv_cache`: arrays of all layers, with a pool, and host memory for its blocks
 - `infiniop`: the same operator as the C functions of InfiniCore
 - `compat`: the same as the Python functions of vLLM, SGLang and FlashInfer
 - `torch`: the same as an operator for ``torch.compile``; imported only by name
@@ -27,6 +30,9 @@ from pagedcache.backend.protocol import LaunchConfig
 from pagedcache.backend.registry import BackendReport, backends, register_backend
 from pagedcache.cache.explain import SlotExplanation
 from pagedcache.expressions import ExpressionError
+from pagedcache.kv_cache import BlockTables, CacheLayer, KVCache, Offloaded
+from pagedcache.operators.blocks.descriptor import BlockDescriptor
+from pagedcache.operators.blocks.one_call import copy_blocks, zero_blocks
 from pagedcache.operators.paged_caching.descriptor import Descriptor
 from pagedcache.operators.paged_caching.info import PagedCachingInfo
 from pagedcache.operators.paged_caching.one_call import paged_caching
@@ -37,14 +43,19 @@ from pagedcache.operators.paged_gather.one_call import paged_gather
 from pagedcache.operators.programs.kernels import ReadKernel, WriteKernel
 from pagedcache.operators.slot_mapping.descriptor import SlotMappingDescriptor
 from pagedcache.operators.slot_mapping.one_call import slot_mapping
+from pagedcache.pool import BlockPool, EventLog, PoolStatistics, Sequence
 from pagedcache.status import (
     CacheOverlapError,
+    DuplicateBlockError,
     DuplicateSlotError,
+    FreedError,
+    InvalidBlockError,
     InvalidIndexError,
     InvalidPositionError,
     InvalidSlotError,
     NonFiniteError,
     PagedCacheError,
+    PoolExhaustedError,
     RequiresGradError,
     SourceOverlapError,
     Status,
@@ -56,22 +67,35 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "BackendReport",
+    "BlockDescriptor",
+    "BlockPool",
+    "BlockTables",
+    "CacheLayer",
     "CacheOverlapError",
     "Descriptor",
+    "DuplicateBlockError",
     "DuplicateSlotError",
+    "EventLog",
     "ExpressionError",
+    "FreedError",
     "GatherDescriptor",
     "Handle",
+    "InvalidBlockError",
     "InvalidIndexError",
     "InvalidPositionError",
     "InvalidSlotError",
+    "KVCache",
     "LaunchConfig",
     "NonFiniteError",
+    "Offloaded",
     "PagedCacheError",
     "PagedCachingInfo",
     "PagedGatherInfo",
+    "PoolExhaustedError",
+    "PoolStatistics",
     "ReadKernel",
     "RequiresGradError",
+    "Sequence",
     "SlotExplanation",
     "SlotMappingDescriptor",
     "SourceOverlapError",
@@ -82,6 +106,7 @@ __all__ = [
     "WriteKernel",
     "backends",
     "cast",
+    "copy_blocks",
     "cuda",
     "hadamard",
     "infiniop",
@@ -94,4 +119,5 @@ __all__ = [
     "slot_mapping",
     "status",
     "warmup",
+    "zero_blocks",
 ]

@@ -111,6 +111,9 @@ class Device(Protocol):
             It is not a stream, or belongs to another device.
         """
 
+    def mark(self, stream: int) -> Callable[[], bool]:
+        """Return a function that tells whether all that is queued on a stream now is done."""
+
     def capturing(self, stream: int) -> bool:
         """Return whether work that is queued on a stream is captured into a graph, not run."""
 

@@ -59,6 +59,10 @@ class CpuDevice:
         """Return 0: the CPU has no streams."""
         return 0
 
+    def mark(self, stream: int) -> Callable[[], bool]:
+        """Return a function that returns ``True``: nothing is queued on the CPU."""
+        return lambda: True
+
     def capturing(self, stream: int) -> bool:
         """Return ``False``: nothing is captured on the CPU."""
         return False
