@@ -27,7 +27,6 @@ import numpy
 
 import pagedcache as pc
 from pagedcache import plot
-from pagedcache.demo.pool import Pool
 
 handle = pc.Handle()  # CUDA if it is usable here, otherwise the CPU
 if handle.device == "cpu":
@@ -131,27 +130,26 @@ else:
 # %% [markdown]
 # ## The pool before and after
 #
-# Handing out blocks is the engine's job; here, `Pool` plays that part. Two prompts of 10 and 7
-# tokens come in, and both start with the same 4 tokens. These fill a whole block, so the two
-# sequences share it, and it is written only once.
+# A `BlockPool` says which block holds which tokens. Two prompts of 10 and 7 tokens come in, and
+# both start with the same 4 tokens. These fill a whole block, so the two sequences share it, and it
+# is written only once.
 
 # %%
 from matplotlib import pyplot
 
-pool = Pool(num_blocks=16, block_size=4, taken=0, rng=numpy.random.default_rng(0))
+pool = pc.BlockPool(num_blocks=16, block_size=4)
 _, (above, below) = pyplot.subplots(2, 1, figsize=(8, 2.4))
 plot.pool({}, pool.num_blocks, ax=above)
 
-a = pool.add("A")
-slots_of_a = pool.extend(a, 10)
-b = pool.add("B", prefix_of=a, prefix=4)
-slots_of_b = pool.extend(b, 3)  # its first 4 tokens are already there
+a = pool.sequence([7, 8, 9, 10, 11, 12, 13, 14, 15, 16])
+b = pool.sequence([7, 8, 9, 10, 21, 22, 23])
 tables = {"A": a.block_table, "B": b.block_table}
 plot.pool(tables, pool.num_blocks, ax=below)
 pyplot.tight_layout()
 
+print(b.num_cached_tokens, "tokens of B are already there")
 assert a.block_table[0] == b.block_table[0]
-assert len(pool.free) == 16 - 4
+assert pool.num_free == 16 - 4
 
 # %%
 _ = plot.block_tables(tables)
@@ -161,7 +159,7 @@ _ = plot.block_tables(tables)
 # exactly what went in.
 
 # %%
-slots = xp.asarray(numpy.concatenate([slots_of_a, slots_of_b]))
+slots = xp.asarray(numpy.concatenate([a.slots(), b.slots(b.num_cached_tokens)]))
 k = xp.arange(13 * 2 * 16).astype(xp.float16).reshape(13, 2, 16)
 v = -k
 k_cache = xp.zeros((16, 2, 4, 16), xp.float16)
@@ -169,8 +167,12 @@ v_cache = xp.zeros_like(k_cache)
 pc.paged_caching(k_cache, v_cache, k, v, slots)
 
 pages = host(k_cache)[a.block_table]  # blocks of A, KV heads, slots, head size
-k_of_a = pages.transpose(0, 2, 1, 3).reshape(-1, 2, 16)[: a.length]
+k_of_a = pages.transpose(0, 2, 1, 3).reshape(-1, 2, 16)[: a.num_tokens]
 assert (k_of_a == host(k)[:10]).all()
 prefix_of_b = host(k_cache)[b.block_table[0]].transpose(1, 0, 2)
 assert (prefix_of_b == host(k)[:4]).all()  # the tokens that A wrote
 descriptor.destroy()
+
+# %% [markdown]
+# [Notebook 7](07_pool_and_cache.ipynb) goes on from here: a cache of all layers, with a pool that
+# shares, evicts and moves to host memory.

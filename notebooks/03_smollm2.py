@@ -16,12 +16,14 @@
 # %% [markdown]
 # # 3. A whole model on a paged cache
 #
-# SmolLM2-135M answers five questions with its K and V in a paged cache: in each of its 30 layers,
-# a kernel of this package rotates K and writes K and V into blocks, and attention reads them back
-# through block tables. The code of the model and the engine is in `smollm2.py` next to this
-# notebook. The weights (93 MB) are downloaded once.
+# SmolLM2-135M answers five questions with its K and V in a `pagedcache.KVCache`: in each of its 30
+# layers, a kernel of this package rotates K and writes K and V into blocks, and attention reads
+# them where they are, through block tables. The model and the engine are in `smollm2.py` next to
+# this notebook, and the kernels that compute the model on a GPU in `smollm2.cu`. The weights (93
+# MB) are downloaded once.
 
 # %%
+import ctypes
 import os
 import time
 
@@ -31,7 +33,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy
 from matplotlib import pyplot
-from smollm2 import Engine, Model
+from smollm2 import Engine, Model, dense_tokens
 from tqdm import tqdm
 
 import pagedcache as pc
@@ -58,8 +60,8 @@ assert (len(model.layers), model.heads, model.kv_heads, model.head_size) == (30,
 # %% [markdown]
 # ## Five prompts with a shared prefix
 #
-# All prompts start with the same system prompt. Wherever its tokens fill a whole block, all
-# sequences share that block.
+# All prompts start with the same system prompt. Where its tokens fill a whole block, the cache
+# finds that block for each sequence that begins with them, so all sequences share it.
 
 # %%
 SYSTEM = (
@@ -113,7 +115,7 @@ seconds = time.perf_counter() - began
 steps = sum(-(-len(ids) // 16) + NEW_TOKENS for ids in prompts.values())
 print(f"One step takes {seconds * 1e3:.1f} ms.")
 print(
-    f"One by one, the sequences would take up to {steps} steps, {steps * seconds:.0f} s; "
+    f"One by one, the sequences would take up to {steps} steps, {steps * seconds:.1f} s; "
     "batched, they take less."
 )
 assert seconds > 0
@@ -122,7 +124,8 @@ assert seconds > 0
 # ## Generate
 #
 # On a GPU, the whole step has been captured in a CUDA graph. This works because its shapes are
-# fixed: the inputs are refilled in place, and unused rows get slot -1.
+# fixed: the inputs are refilled in place, `slot_mapping` computes the slots from the block tables
+# inside the graph, and unused rows get slot -1.
 
 # %%
 engine, requests = new_engine(graph=on_gpu)
@@ -155,8 +158,8 @@ print(
     f"\n{generated} tokens in {steps} steps, {seconds:.1f} s: {generated / seconds:.0f} per second"
 )
 assert all(0 < len(request.generated) <= NEW_TOKENS for request in requests)
-assert all(request.sequence.shared == common // BLOCK_SIZE for request in requests[1:])
-assert len(engine.pool.free) == NUM_BLOCKS  # all blocks have been released
+assert all(request.found == common // BLOCK_SIZE * BLOCK_SIZE for request in requests[1:])
+assert engine.cache.pool.num_free == NUM_BLOCKS  # all blocks have been released
 
 # %% [markdown]
 # ## One kernel rotates and writes
@@ -167,7 +170,7 @@ assert len(engine.pool.free) == NUM_BLOCKS  # all blocks have been released
 # on its way into the cache, and writes V as it is.
 
 # %%
-kernel = engine.cache.kernel
+kernel = engine.kernel
 kernel.check()  # raises if a slot or a position was outside
 kernel
 
@@ -181,6 +184,9 @@ print(comment + text.partition("\n\nstruct VSteps")[0])
 
 # %% [markdown]
 # ## The pool as sequences come and go
+#
+# White blocks are free. Those with the K and V of finished sequences can still be found until their
+# room is needed, so even a prompt that comes last shares what the first one has written.
 
 # %%
 _, axes = pyplot.subplots(len(snapshots), 1, figsize=(8, 1.25 * len(snapshots)))
@@ -192,21 +198,17 @@ pyplot.tight_layout()
 together = [sum(map(bool, tables.values())) for tables in snapshots.values()]
 assert 1 < max(together) < len(prompts)  # several at a time, but never all
 assert together[-1] == 0
-own = [set(one.sequence.block_table[common // BLOCK_SIZE :]) for one in requests]
-assert any(own[4] & other for other in own[:4])  # the last one reuses released blocks
 
 # %% [markdown]
 # ## The same with a dense cache
 #
-# A dense cache reserves the full context length for each sequence and shares nothing. It is rotated
-# and written by indexing, without the kernel, and holds the same K and V, so every generated token
-# must be the same.
+# A dense cache has one array per sequence that is as long as the context, and shares nothing. Here
+# each prompt is answered alone: K is rotated and written by indexing, without blocks, slots and the
+# kernel. It is the same K and V, so every generated token must be the same.
 
 # %%
-dense, dense_requests = new_engine(num_blocks=len(prompts), dense=True)
-generate(dense, dense_requests)
-for paged_one, dense_one in zip(requests, dense_requests, strict=True):
-    assert paged_one.ids == dense_one.ids
+for name, request in zip(prompts, requests, strict=True):
+    assert dense_tokens(model, prompts[name], NEW_TOKENS) == request.generated
 print(f"{generated} of {generated} tokens are equal.")
 
 # %% [markdown]
@@ -238,9 +240,44 @@ print(f"paged  {roomy.peak * roomy.cache.block_bytes / 1e6:5.1f} MB, {roomy.peak
 assert roomy.peak * roomy.cache.block_bytes < 0.6 * dense_bytes
 
 # %% [markdown]
+# ## What a step costs on a GPU
+#
+# A layer is nine kernels: a norm, a product, the write, attention, a product; and again a norm, a
+# product, the gate, a product. Each waits for the one before it, and a batch of 16 rows leaves them
+# little to do, so their number counts, and the weights, which are read once in each step.
+
+# %%
+if on_gpu:
+    nodes = ctypes.c_size_t()
+    graph = ctypes.c_void_p(roomy.graph.graph)
+    assert not ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(graph, None, ctypes.byref(nodes))
+    matrices = [array for layer in model.layers for array in vars(layer).values()]
+    weights = sum(array.nbytes for array in [model.embedding, *matrices])
+
+    start, end = xp.cuda.Event(), xp.cuda.Event()
+    copies = [xp.empty_like(model.embedding) for _ in range(2)]
+    xp.copyto(*copies)
+    start.record()
+    for _ in range(20):
+        xp.copyto(*copies)
+    end.record()
+    end.synchronize()
+    rate = 20 * 2 * copies[0].nbytes / (xp.cuda.get_elapsed_time(start, end) / 1e3)
+
+    step_seconds = seconds / roomy_steps
+    print(
+        f"{nodes.value} launches in {step_seconds * 1e3:.2f} ms, "
+        f"{step_seconds / nodes.value * 1e6:.1f} us each\n"
+        f"{weights / 1e6:.0f} MB of weights, read in {weights / rate * 1e3:.2f} ms at the rate of "
+        f"a copy, {rate / 1e12:.1f} TB/s"
+    )
+else:
+    print("There is no GPU here.")
+
+# %% [markdown]
 # ## What the CUDA graph changes
 #
-# Without the graph, a step consists of hundreds of kernels, each launched from Python.
+# Without the graph, each of these kernels is launched from Python.
 
 # %%
 if on_gpu:

@@ -1,71 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M on a paged KV cache, small enough to read: NumPy on the CPU, CuPy on a GPU.
+"""SmolLM2-135M on a paged KV cache, small enough to read: NumPy on the CPU, CUDA on a GPU.
 
-A step has a fixed number of rows, and each row is one token of some sequence. A row consists of a
-token id, its position, the slot that its K and V are written to, and the block table of its
-sequence; unused rows get slot -1. A new prompt has many tokens to compute, a decoding sequence just
-one, so the same step does prefill and decode in any mix. Shapes never change and inputs are
+A step has a fixed number of rows, and each row is one token of some sequence: its id, its position,
+and the block table of its sequence. A new prompt has many tokens to compute, a decoding sequence
+just one, so the same step does prefill and decode in any mix. Shapes never change and inputs are
 refilled in place, so on a GPU the whole step fits in one CUDA graph.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import pagedcache as pc
-from pagedcache.demo.pool import PADDING, Pool, Sequence
 
 if TYPE_CHECKING:
     from pagedcache.demo.model import ModelFile
 
 Array = Any  # of NumPy or CuPy
-Row = tuple["Request", int, int]  # a token to compute: its request, position, slot
+
+# The weights of a layer, and their names in the file. Matrices are [outputs, inputs].
+WEIGHTS = {
+    "attention_norm": ["attn_norm"],
+    "qkv": ["attn_q", "attn_k", "attn_v"],
+    "output": ["attn_output"],
+    "feed_forward_norm": ["ffn_norm"],
+    "gate_up": ["ffn_gate", "ffn_up"],
+    "down": ["ffn_down"],
+}
 
 
-class Layer(NamedTuple):
-    """Weights of one layer; matrices are ``[outputs, inputs]``."""
+class Operations(NamedTuple):
+    """What the model computes, in float32, by NumPy or by the kernels of ``smollm2.cu``."""
 
-    attention_norm: Array
-    qkv: Array
-    output: Array
-    feed_forward_norm: Array
-    gate_up: Array
-    down: Array
+    # (x, weight): rows divided by their root mean square, times weight
+    rms_norm: Callable[..., Array]
+    # (x, matrix, plus=None): x @ matrix.T, plus another array if given
+    product: Callable[..., Array]
+    # (gate_up): silu(gate) * up, where each row is one of gate, followed by one of up
+    gated: Callable[..., Array]
+    # (q, k, v, tables, positions): each row of Q, [rows, heads, head size], attends to the tokens
+    # of its block table up to its position, both int32; K and V are pages in layout NHD
+    attention: Callable[..., Array]
+
+
+def numpy_operations(epsilon: float) -> Operations:
+    """Return the operations for arrays of NumPy."""
+
+    def rms_norm(x: Array, weight: Array) -> Array:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * weight
+
+    def product(x: Array, matrix: Array, plus: Array | None = None) -> Array:
+        return x @ matrix.T if plus is None else x @ matrix.T + plus
+
+    def gated(gate_up: Array) -> Array:
+        gate, up = np.split(gate_up, 2, axis=-1)
+        return gate * (0.5 + 0.5 * np.tanh(0.5 * gate)) * up  # this sigmoid never overflows
+
+    def attention(q: Array, k: Array, v: Array, tables: Array, positions: Array) -> Array:
+        rows, (_, _, kv_heads, size) = len(q), k.shape
+        keys, values = (x[tables].reshape(rows, -1, kv_heads, size).swapaxes(1, 2) for x in (k, v))
+        # Query heads come in groups; each group shares one KV head.
+        scores = q.reshape(rows, kv_heads, -1, size) @ keys.swapaxes(2, 3) * size**-0.5
+        later = np.arange(keys.shape[2]) > positions[:, None]
+        scores = np.where(later[:, None, None], -np.inf, scores)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True) @ values).reshape(rows, -1)
+
+    return Operations(rms_norm, product, gated, attention)
+
+
+def cuda_operations(epsilon: float) -> Operations:
+    """Return the operations for arrays of CuPy; each is one launch, sized as the file says."""
+    import cupy
+
+    text = (Path(__file__).parent / "smollm2.cu").read_text("utf-8")
+    module = cupy.RawModule(code=text, options=("--std=c++17",))
+    kernels = {name: module.get_function(name) for name in Operations._fields}
+
+    def run(name: str, shape: Any, grid: Any, threads: int, *arguments: Any) -> Array:
+        out = cupy.empty(shape, np.float32)
+        typed = (np.int32(each) if isinstance(each, int) else each for each in arguments)
+        kernels[name](grid, (threads,), (out, *typed))
+        return out
+
+    def rms_norm(x: Array, weight: Array) -> Array:
+        rows, length = x.shape
+        return run("rms_norm", x.shape, (rows,), 32, x, weight, length, np.float32(epsilon))
+
+    def product(x: Array, matrix: Array, plus: Array | None = None) -> Array:
+        rows, (outputs, length) = len(x), matrix.shape
+        arrays = x, matrix, np.uintp(0) if plus is None else plus
+        shape, grid = (rows, outputs), (outputs // 4, -(-rows // 16))
+        return run("product", shape, grid, 192, *arrays, rows, outputs, length)
+
+    def gated(gate_up: Array) -> Array:
+        rows, length = len(gate_up), gate_up.shape[1] // 2
+        return run("gated", (rows, length), (-(-length // 256), rows), 256, gate_up, length)
+
+    def attention(q: Array, k: Array, v: Array, tables: Array, positions: Array) -> Array:
+        rows, heads, size = q.shape
+        strides = q.strides[0] // 4, k.strides[0] // 4
+        sizes = *strides, *k.shape[1:3], tables.shape[1]
+        arrays = q, k, v, tables, positions
+        return run("attention", (rows, heads * size), (heads, rows), 256, *arrays, *sizes)
+
+    return Operations(rms_norm, product, gated, attention)
 
 
 class Model:
-    """The weights, and the forward pass in float32.
+    """The weights, from a file to NumPy or CuPy, and the forward pass in float32.
 
-    Parameters
-    ----------
-    source : ModelFile
-        The model file.
-    xp : module
-        ``numpy`` or ``cupy``.
-    context : int
-        Number of positions supported, the longest that a sequence can get.
+    Sequences can be as long as `context`.
     """
 
     def __init__(self, source: ModelFile, xp: Any, context: int) -> None:
         def load(*names: str) -> Array:
             return xp.asarray(np.concatenate([source.tensor(f"{name}.weight") for name in names]))
 
-        def layer(block: str) -> Layer:
-            return Layer(
-                load(f"{block}.attn_norm"),
-                load(f"{block}.attn_q", f"{block}.attn_k", f"{block}.attn_v"),
-                load(f"{block}.attn_output"),
-                load(f"{block}.ffn_norm"),
-                load(f"{block}.ffn_gate", f"{block}.ffn_up"),
-                load(f"{block}.ffn_down"),
-            )
+        def layer(i: int) -> SimpleNamespace:
+            of_layer = {own: [f"blk.{i}.{name}" for name in WEIGHTS[own]] for own in WEIGHTS}
+            return SimpleNamespace(**{own: load(*names) for own, names in of_layer.items()})
 
         self.xp = xp
         self.context = context
@@ -73,177 +135,77 @@ class Model:
         self.kv_heads = source.num_kv_heads
         self.head_size = source.head_size
         self.end: int = source.field("tokenizer.ggml.eos_token_id")
-        self.epsilon = float(source.field("llama.attention.layer_norm_rms_epsilon"))
-        self.embedding = load("token_embd")  # its transpose is also the output matrix
-        self.layers = [layer(f"blk.{i}") for i in range(source.field("llama.block_count"))]
+        self.embedding = load("token_embd")  # also the output matrix
+        self.layers = [layer(i) for i in range(source.field("llama.block_count"))]
         self.norm = load("output_norm")
         # The rotary embedding rotates pair i at position p by p * base^(-2i / head_size).
         exponents = np.arange(0, self.head_size, 2) / self.head_size
         angles = np.arange(context)[:, None] * source.field("llama.rope.freq_base") ** -exponents
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], -1)
         self.cos_sin = xp.asarray(cos_sin.astype(np.float32))  # [context, head size]
-        self.places = xp.arange(context)
-        self.product = np_product if xp is np else make_cupy_product()
+        epsilon = float(source.field("llama.attention.layer_norm_rms_epsilon"))
+        self.ops = (numpy_operations if xp is np else cuda_operations)(epsilon)
 
-    def forward(
-        self, ids: Array, positions: Array, slots: Array, tables: Array, cache: PagedCache
-    ) -> Array:
-        """Write the K and V of each row to its slot; return the logits of the next token."""
-        x = self.embedding[ids]
-        masked = (self.places > positions[:, None])[:, None, None, :]
+    def forward(self, ids: Array, attend: Callable[..., Array]) -> Array:
+        """Return the logits of the token after each row.
+
+        ``attend(layer, q, k, v)`` is given Q, K and V, ``[rows, heads, head size]``, which are not
+        rotated yet. It stores K and V, and returns ``[rows, heads * head size]``.
+        """
+        ops, x = self.ops, self.embedding[ids]
         for i, layer in enumerate(self.layers):
-            q, k, v = self._split(self.product(self._normed(x, layer.attention_norm), layer.qkv))
-            cache.write(i, q, k, v, slots, positions)
-            keys, values = cache.read(i, tables)
-            mixed = self._attention(q, keys, values, masked)
-            x = x + self.product(mixed, layer.output)
-            gate_up = self.product(self._normed(x, layer.feed_forward_norm), layer.gate_up)
-            gate, up = self.xp.split(gate_up, 2, axis=-1)
-            x = x + self.product(gate * self._sigmoid(gate) * up, layer.down)
-        return self.product(self._normed(x, self.norm), self.embedding)
+            qkv = ops.product(ops.rms_norm(x, layer.attention_norm), layer.qkv)
+            x = ops.product(attend(i, *self.split(qkv)), layer.output, plus=x)
+            gate_up = ops.product(ops.rms_norm(x, layer.feed_forward_norm), layer.gate_up)
+            x = ops.product(ops.gated(gate_up), layer.down, plus=x)
+        return ops.product(ops.rms_norm(x, self.norm), self.embedding)
 
-    def _normed(self, x: Array, weight: Array) -> Array:
-        return x / self.xp.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * weight
-
-    def _sigmoid(self, x: Array) -> Array:
-        return 0.5 + 0.5 * self.xp.tanh(0.5 * x)  # never overflows
-
-    def _split(self, qkv: Array) -> list[Array]:
+    def split(self, qkv: Array) -> list[Array]:
         """Return Q, K and V, ``[rows, heads, head size]``; all are views of `qkv`."""
         heads = qkv.reshape(len(qkv), -1, self.head_size)
         parts: list[Array] = self.xp.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
         return parts
 
-    def _attention(self, q: Array, keys: Array, values: Array, masked: Array) -> Array:
-        """Let each row attend to its own sequence, up to its own position."""
-        xp, rows = self.xp, len(q)
-        # Query heads come in groups; each group shares one KV head.
-        q = q.reshape(rows, self.kv_heads, -1, self.head_size) * self.head_size**-0.5
-        scores = xp.where(masked, -np.inf, self.product(q, keys.transpose(0, 2, 1, 3)))
-        weights = xp.exp(scores - scores.max(-1, keepdims=True))
-        weights = weights / weights.sum(-1, keepdims=True)
-        return self.product(weights, values.transpose(0, 2, 3, 1)).reshape(rows, -1)
 
+def dense_tokens(model: Model, prompt: list[int], new_tokens: int) -> list[int]:
+    """Return what follows a prompt, as the engine does, but alone and with a dense cache.
 
-def np_product(x: Array, matrix: Array) -> Array:
-    """Return ``x @ matrix.T`` for each matrix in a stack."""
-    return np.matmul(x, np.swapaxes(matrix, -1, -2))
-
-
-def make_cupy_product() -> Any:
-    """Return the same for CuPy, without cuBLAS, which CuPy refuses to capture (its issue 6290)."""
-    import cupy
-
-    @functools.cache
-    def kernel(rows: int) -> Any:
-        return cupy.RawKernel(PRODUCT, "product", (f"-DROWS={rows}",))
-
-    def product(x: Array, matrix: Array) -> Array:
-        x, matrix = cupy.ascontiguousarray(x), cupy.ascontiguousarray(matrix)
-        *stack, rows, length = x.shape
-        outputs = matrix.shape[-2]
-        out = cupy.empty((*stack, rows, outputs), np.float32)
-        grid, block = (-(-outputs // 8), math.prod(stack)), (32, 8)
-        kernel(rows)(grid, block, (x, matrix, out, np.int32(outputs), np.int32(length)))
-        return out
-
-    return product
-
-
-PRODUCT = r"""
-extern "C" __global__ void product(const float* x, const float* matrix, float* out, int outputs,
-                                   int length) {
-  // One warp per output: it reads a row of the matrix once, for all rows of x.
-  const int output = blockIdx.x * blockDim.y + threadIdx.y;
-  if (output >= outputs) return;
-  x += (long long)blockIdx.y * ROWS * length;
-  matrix += ((long long)blockIdx.y * outputs + output) * length;
-  out += (long long)blockIdx.y * ROWS * outputs + output;
-  float sums[ROWS] = {};
-  for (int i = threadIdx.x; i < length; i += 32)
-    for (int row = 0; row < ROWS; ++row) sums[row] += matrix[i] * x[row * length + i];
-  for (int row = 0; row < ROWS; ++row) {
-    for (int other = 16; other; other /= 2) sums[row] += __shfl_xor_sync(~0u, sums[row], other);
-    if (threadIdx.x == 0) out[row * outputs] = sums[row];
-  }
-}
-"""
-
-
-class PagedCache:
-    """K and V of all layers, ``[layers, blocks, block size, KV heads, head size]``.
-
-    Attributes
-    ----------
-    kernel : WriteKernel
-        Rotates Q and K, and writes K and V; one for all layers and steps.
+    K and V are in arrays as long as the context, and rotated and written by indexing.
     """
+    xp, ids, start = model.xp, list(prompt), 0
+    shape = (len(model.layers), 1, model.context, model.kv_heads, model.head_size)
+    k_cache, v_cache = xp.zeros(shape, np.float32), xp.zeros(shape, np.float32)
 
-    def __init__(self, model: Model, num_blocks: int, block_size: int) -> None:
-        shape = (len(model.layers), num_blocks, block_size, model.kv_heads, model.head_size)
-        self.k, self.v = (model.xp.zeros(shape, np.float32) for _ in "kv")
-        self.block_bytes: int = (self.k.nbytes + self.v.nbytes) // num_blocks
-        self.cos_sin = model.cos_sin
-        # In this file, the two numbers of a pair are adjacent.
-        rope = pc.rope("cos_sin", "positions", style="interleaved")
-        self.kernel = pc.WriteKernel(q=[rope], k=[rope], layout="NHD")
+    def rotated(x: Array) -> Array:
+        cos, sin = xp.split(model.cos_sin[positions][:, None], 2, axis=-1)
+        even, odd = x[..., 0::2], x[..., 1::2]  # the two numbers of a pair are adjacent
+        return xp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
-    def write(
-        self, layer: int, q: Array, k: Array, v: Array, slots: Array, positions: Array
-    ) -> None:
-        """Write K, rotated, and V of one layer, and rotate Q in place.
+    def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+        k_cache[layer, 0, positions], v_cache[layer, 0, positions] = rotated(k), v
+        table = xp.zeros((len(q), 1), np.int32)  # the context is one block
+        return model.ops.attention(rotated(q), k_cache[layer], v_cache[layer], table, positions)
 
-        All three are ``[rows, heads, head size]``.
-        """
-        self.kernel(
-            self.k[layer], self.v[layer], k, v, slots,
-            q=q, q_out=q, cos_sin=self.cos_sin, positions=positions,
-        )  # fmt: skip
-
-    def read(self, layer: int, tables: Array) -> tuple[Array, Array]:
-        """Return the K and V of whole sequences, ``[rows, context, KV heads, head size]``."""
-        shape = (len(tables), -1, *self.k.shape[-2:])
-        return self.k[layer][tables].reshape(shape), self.v[layer][tables].reshape(shape)
-
-
-class DenseCache(PagedCache):
-    """The same with one context-long block per sequence, rotated and written by indexing."""
-
-    def write(
-        self, layer: int, q: Array, k: Array, v: Array, slots: Array, positions: Array
-    ) -> None:
-        """Do the same as the kernel without it, so that there is something to compare it with."""
-        cos_sin = self.cos_sin[positions][:, None, :]
-        cos, sin = cos_sin[..., : k.shape[-1] // 2], cos_sin[..., k.shape[-1] // 2 :]
-        for x in (q, k):
-            even, odd = x[..., 0::2], x[..., 1::2]
-            even[...], odd[...] = even * cos - odd * sin, odd * cos + even * sin
-        used = slots >= 0
-        for cache, rows in ((self.k, k), (self.v, v)):
-            cache[layer].reshape(-1, *rows.shape[1:])[slots[used]] = rows[used]
+    while start == 0 or (len(ids) < len(prompt) + new_tokens and ids[-1] != model.end):
+        positions = xp.arange(start, len(ids), dtype=np.int32)
+        logits = model.forward(xp.asarray(ids[start:]), attend)
+        start = len(ids)
+        ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :]
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and the tokens generated after it.
-
-    Attributes
-    ----------
-    name : str
-    ids : list of int
-        Tokens of the prompt, followed by those generated.
-    prompt, limit : int
-        Number of tokens in the prompt, and the most there may be in total.
-    row : int
-        Row that predicted its latest token; -1 if there is none yet.
-    """
+    """A prompt and the tokens generated after it."""
 
     name: str
-    ids: list[int]
-    prompt: int
-    limit: int
-    row: int = -1
-    sequence: Sequence = field(default_factory=lambda: Sequence(""))
+    ids: list[int]  # of the prompt, followed by those generated
+    prompt: int  # number of tokens in it
+    limit: int  # most tokens in total
+    sequence: Any = None  # pagedcache.pool.Sequence, from when it is admitted until it ends
+    found: int = 0  # tokens that were in the cache when it was admitted
+    computed: int = 0  # tokens that are in the cache
+    row: int = -1  # that predicted its latest token
 
     @property
     def generated(self) -> list[int]:
@@ -258,14 +220,11 @@ class Engine:
     ----------
     model : Model
     num_blocks, block_size : int
-        Size of the pool. With a dense cache, `num_blocks` is the number of sequences, and the block
-        size is the context of the model.
+        Size of the cache.
     rows : int
         Number of tokens in a step.
-    dense : bool
-        Use a `DenseCache`, for comparison.
     graph : bool
-        Capture the step in a CUDA graph; CuPy only, and not with a dense cache.
+        Capture the step in a CUDA graph; CuPy only.
     """
 
     def __init__(
@@ -275,42 +234,33 @@ class Engine:
         block_size: int = 16,
         rows: int = 16,
         *,
-        dense: bool = False,
         graph: bool = False,
     ) -> None:
-        xp = self.xp = model.xp
-        block_size = model.context if dense else block_size
-        if model.context % block_size:
-            raise ValueError(f"context {model.context} must be a multiple of {block_size}")
         self.model = model
-        self.cache = (DenseCache if dense else PagedCache)(model, num_blocks, block_size)
-        self.pool = Pool(num_blocks, block_size, 0, np.random.default_rng(0))
+        sizes = (len(model.layers), num_blocks, block_size, model.kv_heads, model.head_size)
+        device = "cpu" if model.xp is np else None  # the current GPU
+        self.cache = pc.KVCache(*sizes, dtype=np.float32, device=device)
+        rope = pc.rope("cos_sin", "positions", style="interleaved")
+        self.kernel = pc.WriteKernel(q=[rope], k=[rope], **self.cache.options)  # for all layers
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.peak = 0  # blocks
-        entries = model.context // block_size
-        # One array on the host and one on the device, so that each step needs a single copy.
-        self._host = np.zeros((3 + entries) * rows, np.int64)
-        self._device = xp.asarray(self._host)
-        self._host_parts = _parts(self._host, rows)
-        self._device_parts = _parts(self._device, rows)
-        self.logits = xp.zeros((rows, len(model.embedding)), np.float32)
-        self.tokens = xp.zeros(rows, np.int64)
+        self.rows = rows
+        # Block tables, ids and positions, and where rows begin. They are one array on the host and
+        # one on the device, so that each step needs a single copy.
+        entries = -(-model.context // block_size)
+        self._host = np.zeros(rows * (entries + 3) + 1, np.int32)
+        self._device = model.xp.asarray(self._host)
         self._stream: Any = nullcontext()
         self._run = self._forward
         if graph:
             self._capture()
 
-    @property
-    def used(self) -> int:
-        """Number of blocks held by sequences."""
-        return self.pool.num_blocks - len(self.pool.free)
-
     def submit(self, name: str, ids: list[int], new_tokens: int) -> Request:
         """Queue a prompt, to be followed by at most `new_tokens` tokens."""
         request = Request(name, list(ids), len(ids), len(ids) + new_tokens)
         blocks = self._blocks(request)
-        if request.limit > self.model.context or blocks > self.pool.num_blocks:
+        if request.limit > self.model.context or blocks > self.cache.num_blocks:
             raise ValueError(f"{name} is too long: {request.limit} tokens in {blocks} blocks")
         self.waiting.append(request)
         return request
@@ -320,81 +270,95 @@ class Engine:
         rows = self._schedule()
         self._fill(rows)
         with self._stream:
-            self._device[...] = self.xp.asarray(self._host)
+            self._device[...] = self.model.xp.asarray(self._host)
             self._run()
             tokens = self.tokens.tolist()
         ended = []
-        for row, (request, position, _) in enumerate(rows):
-            if position == len(request.ids) - 1:  # all its known tokens are computed
-                request.row = row
-                request.ids.append(tokens[row])
-                if tokens[row] == self.model.end or len(request.ids) == request.limit:
-                    ended.append(request)
+        for row, (request, position) in enumerate(rows):
+            if position < len(request.ids) - 1:
+                continue  # more of its known tokens are to be computed
+            request.row = row
+            request.ids.append(tokens[row])
+            if tokens[row] == self.model.end or len(request.ids) == request.limit:
+                ended.append(request)
+            else:
+                request.sequence.append(tokens[row])
         for request in ended:
             self.running.remove(request)
-            self.pool.release(request.sequence)
+            request.sequence.free()
         return ended
 
-    def _schedule(self) -> list[Row]:
-        rows: list[Row] = []
-        for request in self.running:
-            self._take(request, rows)
-        while self.waiting and len(rows) < len(self.tokens) and self._admit(self.waiting[0]):
-            self._take(self.waiting.popleft(), rows)
-        self.peak = max(self.peak, self.used)
+    def _schedule(self) -> list[tuple[Request, int]]:
+        """Return what to compute in each row: a request, and the position of a token of it."""
+        rows: list[tuple[Request, int]] = []
+        running = deque(self.running)
+        while len(rows) < self.rows:
+            if running:
+                request = running.popleft()
+            elif self.waiting and self._admit(self.waiting[0]):
+                request = self.waiting.popleft()
+            else:
+                break
+            start = request.computed
+            request.computed = min(len(request.ids), start + self.rows - len(rows))
+            rows += [(request, position) for position in range(start, request.computed)]
+        self.peak = max(self.peak, self.cache.pool.num_used)
         return rows
 
-    def _take(self, request: Request, rows: list[Row]) -> None:
-        """Assign rows and slots to the next tokens of a request, while there are rows left."""
-        start = request.sequence.length
-        count = min(len(request.ids) - start, len(self.tokens) - len(rows))
-        slots = self.pool.extend(request.sequence, count).tolist()
-        rows += [(request, start + i, slot) for i, slot in enumerate(slots)]
-
     def _admit(self, request: Request) -> bool:
-        """Start a request if it fits, sharing the prefix blocks of a running request.
+        """Start a request, unless somebody could run out of blocks later.
 
-        Even blocks that are filled in this very step can be shared: in each layer, all rows write
-        before any row reads.
+        Blocks of its prefix are found even if they are filled in this very step, since in each
+        layer all rows write before any row reads. None is filled later: a row is left for a new
+        request only once all tokens of the running ones have theirs.
         """
-        parent, common = None, 0
-        for other in self.running:
-            same = common_prefix(other.ids, request.ids[:-1])  # the last token must be computed
-            if min(same, other.sequence.length) > common:
-                parent, common = other.sequence, min(same, other.sequence.length)
-        request.sequence = self.pool.add(request.name, parent, common)
-        # Only admit a request if nobody can run out of blocks later.
-        missing = (
-            self._blocks(each) - len(each.sequence.block_table) for each in [*self.running, request]
-        )
-        if sum(missing) > len(self.pool.free):
-            self.pool.release(request.sequence)
+        pool = self.cache.pool
+        later = self._blocks(request) - -(-len(request.ids) // pool.block_size)
+        for each in self.running:
+            later += self._blocks(each) - len(each.sequence.block_table)
+        if pool.num_needed(request.ids) + later > pool.num_free:
             return False
+        sequence = request.sequence = self.cache.sequence(request.ids)
+        request.found = request.computed = sequence.num_cached_tokens
         self.running.append(request)
         return True
 
     def _blocks(self, request: Request) -> int:
-        return -(-(request.limit - 1) // self.pool.block_size)  # the last token is never fed back
+        return -(-(request.limit - 1) // self.cache.block_size)  # the last token is never fed back
 
-    def _fill(self, rows: list[Row]) -> None:
-        ids, positions, slots, tables = self._host_parts
+    def _parts(self, inputs: Array) -> tuple[Array, Array, Array, Array]:
+        """Return block tables, ids, positions and where rows begin, which are stored in a row."""
+        tables, numbers = inputs[: -3 * self.rows - 1], inputs[-3 * self.rows - 1 :]
+        ids, positions = numbers[: 2 * self.rows].reshape(2, self.rows)
+        return tables.reshape(self.rows, -1), ids, positions, numbers[2 * self.rows :]
+
+    def _fill(self, rows: list[tuple[Request, int]]) -> None:
         self._host[:] = 0
-        slots[:] = PADDING
-        for row, (request, position, slot) in enumerate(rows):
-            ids[row], positions[row], slots[row] = request.ids[position], position, slot
+        tables, ids, positions, starts = self._parts(self._host)
+        for row, (request, position) in enumerate(rows):
             table = request.sequence.block_table
             tables[row, : len(table)] = table
+            ids[row], positions[row] = request.ids[position], position
+        starts[:] = np.minimum(np.arange(self.rows + 1), len(rows))  # the others are padding
 
     def _forward(self) -> None:
-        self.logits[...] = self.model.forward(*self._device_parts, self.cache)
-        self.tokens[...] = self.logits.argmax(-1)
+        tables, ids, positions, starts = self._parts(self._device)
+        slots = pc.slot_mapping(tables, starts, positions, block_size=self.cache.block_size)
+        turn = {"cos_sin": self.model.cos_sin, "positions": positions}
+
+        def attend(layer: int, q: Array, k: Array, v: Array) -> Array:
+            pages = self.cache.layers[layer]
+            # Rotates Q in place; rotates K and writes K and V to their slots.
+            self.kernel(pages.k, pages.v, k, v, slots, q=q, q_out=q, **turn)
+            return self.model.ops.attention(q, pages.k, pages.v, tables, positions)
+
+        self.logits = self.model.forward(ids, attend)
+        self.tokens = self.logits.argmax(-1)
 
     def _capture(self) -> None:
         """Capture one step; from then on, a step is a single graph launch."""
         import cupy
 
-        self._host_parts[2][:] = PADDING
-        self._device[...] = cupy.asarray(self._host)
         cupy.cuda.Device().synchronize()  # the weights were copied on another stream
         self._stream = cupy.cuda.Stream(non_blocking=True)
         # A memory pool of its own: nobody else may get the memory that the graph will use again.
@@ -403,17 +367,5 @@ class Engine:
             self._forward()  # compiles the kernels, and fills the pool
             self._stream.begin_capture()
             self._forward()
-            graph = self._stream.end_capture()
-        self._run = lambda: graph.launch(self._stream)
-
-
-def _parts(inputs: Array, rows: int) -> tuple[Array, Array, Array, Array]:
-    """Return ids, positions, slots and block tables, which are stored in this order."""
-    ids, positions, slots = inputs[: 3 * rows].reshape(3, rows)
-    return ids, positions, slots, inputs[3 * rows :].reshape(rows, -1)
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """Return the length of the common prefix of two lists."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+            self.graph = self._stream.end_capture()
+        self._run = lambda: self.graph.launch(self._stream)

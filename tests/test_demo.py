@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: its pool, its model and its output, and that it notices a wrong byte."""
+"""The demo: its model and its output, and that it notices a wrong byte."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pagedcache as pc
 from pagedcache import __main__, demo
 from pagedcache.demo import model
 from pagedcache.demo.formats import STORAGES
-from pagedcache.demo.pool import Pool
 
 
 def run(*options):
@@ -39,7 +36,7 @@ def test_on_made_up_k_and_v(capsys, layout, dtype, block_size):
     for words in ("Device: Handle('cpu'", "Block tables", "OK: ", dtype, layout, "shared"):
         assert words in told
     lines = told.splitlines()
-    assert len(lines) <= 70
+    assert len(lines) <= 75
     assert max(map(len, lines)) <= 100
 
 
@@ -155,6 +152,34 @@ def test_sequences_begin_with_the_same_blocks(capsys, block_size):
     own = [block for table in tables for block in table[full:]]
     assert len(own) == len(set(own))
     assert ("fill no block, so each" in " ".join(told.split())) == (full == 0)
+    # The first text computes all of its prompt, and the others what is not in those blocks.
+    lengths = [
+        int(length) for length in re.findall(r"^  [A-D] +(\d+) tokens +\d", told, re.MULTILINE)
+    ]
+    steps = int(re.search(r"Decode: (\d+) steps", told)[1])
+    computed = sum(lengths) - 4 * steps - 3 * full * int(block_size)
+    assert f"Prefill: {computed} tokens of 4 prompts" in told
+
+
+def test_the_picture_shows_who_holds_each_block(capsys):
+    assert run("--synthetic", "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d+)  ([.#*A-D ]+)$", told, re.MULTILINE)
+    size = int(re.search(r"The cache: (\d+) blocks", told)[1])
+    assert [int(first) for first, _ in rows] == [*range(0, size, 32)] * 3
+    marks = "".join(marks for _, marks in rows).replace(" ", "")
+    before, prefill, decode = (marks[i : i + size] for i in range(0, 3 * size, size))
+    assert set(before) == {".", "#"}
+    assert before.count("#.") > 2  # scattered
+    expected = list(before)
+    for name, table in re.findall(r"^  ([A-D]) +\d+ tokens  ([ \d]+)$", told, re.MULTILINE):
+        for block in map(int, table.split()):
+            expected[block] = name if expected[block] == "." else "*"
+    assert decode == "".join(expected)
+    assert decode.count("*") == 2
+    grown = [block for block in range(size) if prefill[block] != decode[block]]
+    assert grown
+    assert {prefill[block] for block in grown} == {"."}
 
 
 def test_decode_ends_with_the_shortest_text(capsys):
@@ -188,7 +213,7 @@ def test_colours_only_on_a_terminal(capsys, monkeypatch):
         ("drop a decode token", r"K of token \d+ of B \(block"),
         (
             "write elsewhere",
-            r"block 0 \([.#]\) of the V cache .*: 1 of \d+ bytes differ, first byte 1, got",
+            r"block 0 \([.#]\) was written where .*: 1 of 12288 bytes differ, first byte 6145, got",
         ),
         (
             "flip a bit",
@@ -201,7 +226,7 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
     calculate = pc.Descriptor.calculate
     calls = []
 
-    def sabotaged(self, k_cache, v_cache, k, v, slots):
+    def sabotaged(self, k_cache, v_cache, k, v, slots, **scales):
         calls.append(slots.copy())
         decoding = len(slots) == demo.BATCH
         slots = slots.copy()
@@ -209,7 +234,7 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
             slots[2] = -1
         if sabotage == "drop a decode token" and decoding:
             slots[1] = -1
-        calculate(self, k_cache, v_cache, k, v, slots)
+        calculate(self, k_cache, v_cache, k, v, slots, **scales)
         if sum(len(slots) == demo.BATCH for slots in calls) == 1:  # once, after the prefill
             if sabotage == "write elsewhere":
                 v_cache.view(np.uint8)[0, 0, 0, 1] ^= 1
@@ -231,14 +256,18 @@ def test_notices_a_wrong_byte(capsys, monkeypatch, sabotage, found):
             "another scale",
             r"scale of V of token 0 of A \(.*\) differs from that of the dense V in int8: 1 of 12",
         ),
-        ("scale elsewhere", r"block 0 \([.#]\) of the K scales was written where no token belongs"),
-        ("code elsewhere", r"block 0 \([.#]\) of the V cache was written where no token belongs"),
+        ("scale elsewhere", r"block 0 \([.#]\) was written where no token belongs"),
+        ("code elsewhere", r"block 0 \([.#]\) was written where no token belongs"),
+        (
+            "gap",
+            r"block 0 \([.#]\) was written where no token belongs: 1 of 6656 bytes .* 6655, got",
+        ),
         ("misread", r"V that was read back differs from what is stored: 1 of \d+ bytes differ"),
     ],
-    ids=["drop a token", "another scale", "scale elsewhere", "code elsewhere", "misread"],
+    ids=["drop a token", "another scale", "scale elsewhere", "code elsewhere", "gap", "misread"],
 )
 def test_notices_a_wrong_byte_in_a_format(capsys, monkeypatch, sabotage, found):
-    calculate, gather = pc.Descriptor.calculate, pc.paged_gather
+    calculate, read = pc.Descriptor.calculate, pc.KVCache.read
     done = []
 
     def sabotaged(self, k_cache, v_cache, k, v, slots, *, k_scale, v_scale):
@@ -256,13 +285,17 @@ def test_notices_a_wrong_byte_in_a_format(capsys, monkeypatch, sabotage, found):
         elif sabotage == "another scale" and len(slots) != demo.BATCH:
             v_scale.view(np.uint32)[first, 0, 0] ^= 1
 
-    def misread(k_cache, v_cache, slots, k_out, v_out, **more):
-        gather(k_cache, v_cache, slots, k_out, v_out, **more)
-        if sabotage == "misread":
-            v_out.view(np.uint8)[7, 1, 3] ^= 1
+    def misread(self, layer, sequence):
+        k, v = read(self, layer, sequence)
+        if sequence.num_cached_tokens == 0:  # once, of A
+            if sabotage == "misread":
+                v.view(np.uint8)[7, 1, 3] ^= 1
+            if sabotage == "gap":
+                self.blocks[0, -1] ^= 1  # after the scales of V
+        return k, v
 
     monkeypatch.setattr(pc.Descriptor, "calculate", sabotaged)
-    monkeypatch.setattr(pc, "paged_gather", misread)
+    monkeypatch.setattr(pc.KVCache, "read", misread)
     assert run("--synthetic", "--device", "cpu", "--format", "int8") == 1
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith("MISMATCH: ")
@@ -270,9 +303,51 @@ def test_notices_a_wrong_byte_in_a_format(capsys, monkeypatch, sabotage, found):
 
 
 @pytest.mark.parametrize(
+    ("sabotage", "found"),
+    [
+        ("off by one", r"K of token 0 of A \(block \d+, offset 0\) differs"),
+        ("no padding", r"K of token \d+ of A \(block \d+, offset \d+\) differs"),
+    ],
+    ids=["off by one", "no padding"],
+)
+def test_notices_wrong_slots(capsys, monkeypatch, sabotage, found):
+    slot_mapping = pc.slot_mapping
+
+    def sabotaged(*arrays, block_size, out):
+        slot_mapping(*arrays, block_size=block_size, out=out)
+        if sabotage == "off by one":
+            out[out >= 0] ^= 1
+        elif len(out) == demo.BATCH:
+            assert (out[4:] == -1).all()
+            out[out < 0] = out[0]
+
+    monkeypatch.setattr(pc, "slot_mapping", sabotaged)
+    assert run("--synthetic", "--device", "cpu") == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("MISMATCH: ")
+    assert re.search(found, last)
+
+
+def test_notices_a_block_of_two_sequences(capsys, monkeypatch):
+    sequence = pc.KVCache.sequence
+
+    def sabotaged(self, token_ids, *, key=b""):
+        made = sequence(self, token_ids, key=key)
+        if made.num_cached_tokens:
+            others = [one for one in self.pool.sequences if one.key == b""]
+            made.block_table[3] = others[0].block_table[3]
+        return made
+
+    monkeypatch.setattr(pc.KVCache, "sequence", sabotaged)
+    assert run("--synthetic", "--device", "cpu") == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.search(r"K of token 48 of A \(block \d+, offset 0\) differs from the dense K", last)
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--device", "tpu"], "device must be of a registered type (cpu, cuda)"),
+        (["--device", "tpu"], "device must be of a registered type (cpu, cuda, rocm)"),
         (["--device", "cpu:7"], "there is only one"),
         (["--model", "/no/such/file.gguf"], "/no/such/file.gguf cannot be read as a SmolLM2 model"),
     ],
@@ -516,50 +591,6 @@ def test_on_the_real_model(smollm2, capsys):
     told = capsys.readouterr().out
     assert "first layer of SmolLM2-135M" in told
     assert "OK: " in told
-
-
-@given(st.data())
-def test_pool(data):
-    block_size = data.draw(st.integers(1, 5))
-    blocks = data.draw(st.integers(1, 30))
-    taken = data.draw(st.integers(0, blocks))
-    pool = Pool(blocks, block_size, taken, np.random.default_rng(data.draw(st.integers(0, 99))))
-    for step in range(data.draw(st.integers(0, 12))):
-        what = data.draw(st.sampled_from(["add", "share", "extend", "release"]))
-        if what == "add" or not pool.sequences:
-            pool.add(chr(ord("A") + step))
-        elif what == "share":
-            parent = data.draw(st.sampled_from(pool.sequences))
-            prefix = data.draw(st.integers(0, 20))
-            child = pool.add(chr(ord("A") + step), parent, prefix)
-            full = min(prefix, parent.length) // block_size
-            assert child.block_table == parent.block_table[:full]
-            assert child.length == full * block_size
-        elif what == "extend":
-            sequence = data.draw(st.sampled_from(pool.sequences))
-            start, tokens = sequence.length, data.draw(st.integers(0, 12))
-            before = list(sequence.block_table), pool.free
-            try:
-                slots = pool.extend(sequence, tokens)
-            except MemoryError:
-                assert (sequence.block_table, pool.free) == before
-                continue
-            for place, slot in zip(range(start, start + tokens), slots.tolist(), strict=True):
-                block = sequence.block_table[place // block_size]
-                assert slot == block * block_size + place % block_size
-        else:
-            pool.release(data.draw(st.sampled_from(pool.sequences)))
-        held = [block for sequence in pool.sequences for block in sequence.block_table]
-        assert not set(held) & (pool.free | pool.taken)
-        assert len(set(held)) + len(pool.free) + len(pool.taken) == blocks
-        for sequence in pool.sequences:
-            # No block is twice in a table; those of other tables are counted above.
-            own = sequence.block_table[sequence.shared :]
-            assert len(own) == len(set(own))
-            assert len(sequence.block_table) == -(-sequence.length // block_size)
-    picture = pool.picture()
-    assert picture.count(".") == len(pool.free)
-    assert picture.count("#") == taken
 
 
 def test_about(capsys):

@@ -18,8 +18,9 @@ NAMES = [path.stem for path in sorted(NOTEBOOKS.glob("0*.py"))]
 SECONDS = 300  # a cell; the model's are the long ones, and CI machines are slow
 
 
-def test_there_are_four():
-    assert NAMES == ["01_quickstart", "02_layouts", "03_smollm2", "04_speed"]
+def test_all_are_here():
+    names = ["01_quickstart", "02_layouts", "03_smollm2", "04_speed", "07_pool_and_cache"]
+    assert names == NAMES
     assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == NAMES
 
 

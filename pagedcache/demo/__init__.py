@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import re
 import sys
 import textwrap
 import time
@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 import pagedcache as pc
 from pagedcache.demo.formats import COPY, STORAGES, Storage
 from pagedcache.demo.model import ModelFile, NoModelError, find_model, require_readers
-from pagedcache.demo.pool import PADDING, Pool, Sequence
 from pagedcache.dtypes import as_dtype
+
+if TYPE_CHECKING:
+    from pagedcache.pool import Sequence
 
 Array = NDArray[Any]
 
@@ -96,9 +98,11 @@ def _arrays_on(handle: pc.Handle) -> tuple[AbstractContextManager[Any], Callable
 
 
 class _Dense(NamedTuple):
-    """Dense K and V of each text, and the number of tokens that all texts begin with."""
+    """Texts: their tokens, K and V of one after another, and how many tokens all begin with."""
 
-    texts: dict[str, tuple[Array, Array]]
+    tokens: dict[str, list[int]]
+    k: Array
+    v: Array
     prefix: int
 
 
@@ -124,23 +128,23 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
             f"projections and rotary embedding; {source.num_kv_heads} KV heads, head size "
             f"{source.head_size}."
         )
-        texts = {name: source.k_and_v(ids) for name, ids in tokens.items()}
+        texts = [source.k_and_v(ids) for ids in tokens.values()]
     else:
         # Four letters per token is about right for English. K and V depend on the token's position.
         tokens = {
-            name: [zlib.crc32(piece.encode()) for piece in _pieces(PREFIX) + _pieces(text)]
+            name: [zlib.crc32(piece.encode()) >> 1 for piece in _pieces(PREFIX) + _pieces(text)]
             for name, text in PROMPTS.items()
         }
         rng = np.random.default_rng(0)
         made: dict[tuple[int, int], Array] = {}
-        texts = {}
-        for name, ids in tokens.items():
+        texts = []
+        for ids in tokens.values():
             rows = [
                 made.setdefault((place, token), rng.standard_normal((2, 3, 64), np.float32))
                 for place, token in enumerate(ids)
             ]
             k_and_v = np.stack(rows, 1)
-            texts[name] = k_and_v[0], k_and_v[1]
+            texts.append((k_and_v[0], k_and_v[1]))
     first, *others = tokens.values()
     prefix = min(
         next((i for i, pair in enumerate(zip(first, ids, strict=False)) if pair[0] != pair[1]), 0)
@@ -149,8 +153,8 @@ def _dense(arguments: argparse.Namespace) -> _Dense:
     print(f"Four texts begin with the same {prefix} tokens and then differ:")
     for name, ids in tokens.items():
         print(f"  {name} {len(ids):>4} tokens  {textwrap.shorten(PROMPTS[name], 72)}")
-    cast = {name: (k.astype(dtype), v.astype(dtype)) for name, (k, v) in texts.items()}
-    return _Dense(cast, prefix)
+    k, v = (np.concatenate(each).astype(dtype) for each in zip(*texts, strict=True))
+    return _Dense(tokens, k, v, prefix)
 
 
 def _pieces(text: str) -> list[str]:
@@ -165,166 +169,240 @@ def _demonstrate(
 ) -> int:
     on_gpu = move is not np.copy
     layout, block_size = arguments.layout, arguments.block_size
-    _, heads, size = next(iter(dense.texts.values()))[0].shape
-    lengths = {name: len(k) for name, (k, _) in dense.texts.items()}
-    steps = min(arguments.decode, min(lengths.values()) - dense.prefix - 1)
+    lengths = [len(ids) for ids in dense.tokens.values()]
+    steps = min(arguments.decode, min(lengths) - dense.prefix - 1)
+    needed = sum(-(-length // block_size) for length in lengths)
+    storage = STORAGES.get(arguments.format)
+    make_cache = functools.partial(
+        pc.KVCache,
+        *(1, needed * 2, block_size, *dense.k.shape[1:]),
+        dtype=arguments.dtype,
+        format=storage.name if storage else None,
+        scale=storage.scale_for(dense.k, dense.v) if storage else None,
+        layout=layout,
+    )
+    cache, expected, found = (make_cache(device=where) for where in (handle.device, "cpu", "cpu"))
+    layer = cache.layers[0]
+    # Others were here first. Some have left, so the free blocks are scattered.
+    others = [cache.sequence([token], key=b"others") for token in range(cache.num_blocks)]
     rng = np.random.default_rng(1)
-    needed = sum(-(-length // block_size) for length in lengths.values())
-    pool = Pool(needed * 2, block_size, needed * 3 // 5, rng)
+    for place in rng.permutation(cache.num_blocks)[needed * 3 // 5 :]:
+        others[place].free()
 
     why = "as requested" if arguments.device else "the default: CUDA if it is usable, else the CPU"
     print(f"\nDevice: {handle!r}\n  {why}")
     for report in pc.backends().values():
         if not report.usable:
             _print_wrapped(f"  {report.device_type} is not usable: {report.reason}")
-    middle = (heads, block_size) if layout == "HND" else (block_size, heads)
-    shape = (pool.num_blocks, *middle, size)
-    storage = STORAGES.get(arguments.format)
-    cache_dtype, parts = np.dtype(arguments.dtype), f"a {arguments.dtype} array {list(shape)}"
-    if storage is not None:
-        shape = (*shape[:3], size // storage.packed)
-        cache_dtype, parts = np.dtype(np.uint8), f"{storage.name} in {list(shape)} bytes"
+    shape = list(layer.k.shape)
+    parts = f"{storage.name} in {shape} bytes" if storage else f"a {arguments.dtype} array {shape}"
     print()
     _print_wrapped(
-        f"The cache: {pool.num_blocks} blocks, block size {block_size}; K and V are each {parts} "
+        f"The cache: {cache.num_blocks} blocks, block size {block_size}; K and V are each {parts} "
         f"({layout})" + (f", with {storage}." if storage else ".")
+    )
+    _print_wrapped(
+        "  It is a pagedcache.KVCache of one layer, which owns these arrays. Its pool knows which "
+        "block holds which tokens, and gives out the free ones."
     )
     print("  . free   # held by others   A B C D held by that sequence   * shared by several")
     print("  (one mark per block; the number on the left is that of the first block in the row)")
     print("Before: every byte is random, so a stray write would show.")
-    print(_coloured(pool.picture()))
-
-    image = [_random(rng, shape, cache_dtype) for _ in "kv"]
-    k_cache, v_cache = (move(cache) for cache in image)
-    given: list[Array] = []  # scales that are read
-    scales: dict[str, Any] = {}
-    options: dict[str, Any] = {"layout": layout}
-    if storage is not None:
-        if storage.computes:
-            image += [_random(rng, (*shape[:3], *storage.groups(size)), np.float32) for _ in "kv"]
-        else:
-            given = [storage.scale_of(_all_rows(dense, which)) for which in (0, 1)]
-        k_scale, v_scale = (move(scale) for scale in given or image[2:])
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-        options |= {"k_format": storage.name, "v_format": storage.name}
-    row_bytes = sum(array[0].nbytes for array in image) // block_size  # of a token, stored
-
-    # Prefill: all prompts at once, except for blocks that another sequence has already written.
     sequences: dict[str, Sequence] = {}
-    rows: list[tuple[str, int]] = []
-    slots: list[Array] = []
-    for name, length in lengths.items():
-        owner = next(iter(sequences.values()), None)
-        sequence = sequences[name] = pool.add(name, owner, dense.prefix)
-        start = sequence.length
-        slots.append(pool.extend(sequence, length - steps - start))
-        rows += [(name, place) for place in range(start, sequence.length)]
-    k, v = (_gather(dense, rows, which) for which in (0, 1))
-    arrays = (k_cache, v_cache, move(k), move(v), move(np.concatenate(slots)))
-    began = time.perf_counter()
-    descriptor = pc.Descriptor.create(*arrays, handle=handle, **(scales | options))
-    created = time.perf_counter() - began
-    first, each = _timed(lambda: descriptor.calculate(*arrays, **scales), on_gpu)
+    _print_picture(cache.pool, sequences)
+    expected.blocks[:] = rng.integers(0, 256, expected.blocks.shape, np.uint8)
+    cache.blocks[:] = move(expected.blocks)
 
-    shared = sequences["B"].shared
-    print(f"\nPrefill: {len(rows)} tokens of {len(sequences)} prompts in one call.")
+    # Prefill: all prompts at once, except for tokens whose blocks are found.
+    for name, ids in dense.tokens.items():
+        sequences[name] = cache.sequence(ids[: len(ids) - steps])
+    starts = [sequence.num_cached_tokens for sequence in sequences.values()]
+    k, v, slots = _inputs(cache, dense, sequences, starts, move)
+    scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+    began = time.perf_counter()
+    descriptor = pc.Descriptor.create(
+        layer.k, layer.v, k, v, slots, **scales, **cache.options, handle=handle
+    )
+    created = time.perf_counter() - began
+
+    def write() -> None:
+        descriptor.calculate(layer.k, layer.v, k, v, slots, **scales)
+
+    first, each = _timed(write, on_gpu)
+    shared = min(starts[1:]) // block_size
+    print(f"\nPrefill: {len(slots)} tokens of {len(sequences)} prompts in one call.")
     plural = "s" * (shared != 1)
     _print_wrapped(
-        "  Blocks that are full of common tokens are shared. The first "
+        "  The pool finds full blocks again by their tokens and all tokens before them. The first "
         f"{dense.prefix} tokens fill "
         + (
-            f"{shared} block{plural}, which A wrote and every block table begins with."
+            f"{shared} block{plural}, which A writes and every block table begins with: B, C "
+            "and D need not compute them."
             if shared
             else "no block, so each sequence has its own copy."
         )
     )
-    moved = k.nbytes + v.nbytes + len(rows) * (row_bytes + 8)
+    _print_wrapped(
+        "  pagedcache.slot_mapping computes the slot of each token from the block tables, on the "
+        "device."
+    )
+    written = layer if storage and storage.computes else layer[:2]
+    stored = sum(part.nbytes for part in written) // (cache.num_blocks * block_size)
+    row_bytes = (k.nbytes + v.nbytes) // len(k) + stored
     compiled = " (including compilation)" * on_gpu
     print(f"  Descriptor created in {created * 1e3:.1f} ms{compiled}.")
     _print_wrapped(
-        f"  {moved:,} bytes read and written in {each * 1e6:.1f} us on {handle.device} (mean of "
-        f"{REPEATS}; the first took {first * 1e6:.1f} us)."
+        f"  {len(slots) * (row_bytes + 8):,} bytes read and written in {each * 1e6:.1f} us on "
+        f"{handle.device} (mean of {REPEATS}; the first took {first * 1e6:.1f} us)."
     )
-    print(_coloured(pool.picture()))
+    _print_picture(cache.pool, sequences)
 
     # Decode: one token per sequence in each step, taken from the texts.
     for _ in range(steps):
-        rows = [(name, sequence.length) for name, sequence in sequences.items()]
-        slots = [pool.extend(sequence, 1) for sequence in sequences.values()]
-        padded = np.full(BATCH, PADDING, np.int64)
-        padded[: len(rows)] = np.concatenate(slots)
-        rows += [("A", 0)] * (BATCH - len(rows))
-        k, v = (_gather(dense, rows, which) for which in (0, 1))
-        arrays = (k_cache, v_cache, move(k), move(v), move(padded))
-        descriptor.calculate(*arrays, **scales)
+        starts = [sequence.num_tokens for sequence in sequences.values()]
+        for (name, sequence), start in zip(sequences.items(), starts, strict=True):
+            sequence.append(dense.tokens[name][start])
+        k, v, slots = _inputs(cache, dense, sequences, starts, move, BATCH)
+        write()
     limited = f" (of {arguments.decode} requested: the shortest text ends)"
     limited *= steps < arguments.decode
     print(f"\nDecode: {steps} steps{limited} with the same descriptor.")
     _print_wrapped(
-        f"  Each step writes one token per sequence, padded to {BATCH} tokens with slot {PADDING}, "
-        "which is skipped; engines pad batches to a fixed size in the same way. The next token "
-        "comes from the text, so no model has to be run."
+        "  Each step appends one token to each sequence, which takes a free block where its last "
+        f"one is full. slot_mapping pads the slots to a batch of {BATCH} with -1, which is "
+        "skipped; engines pad to a fixed size in the same way. The next token comes from the text, "
+        "so no model has to be run."
     )
     if steps:
-        _, each = _timed(lambda: descriptor.calculate(*arrays, **scales), on_gpu)
-        moved = len(sequences) * ((k.nbytes + v.nbytes) // len(k) + row_bytes) + BATCH * 8
+        _, each = _timed(write, on_gpu)
+        moved = len(sequences) * row_bytes + BATCH * 8
         print(f"  {moved:,} bytes in {each * 1e6:.1f} us per step.")
-    print(_coloured(pool.picture()))
+    _print_picture(cache.pool, sequences)
+    descriptor.destroy()
 
     print("\nBlock tables (the blocks of each sequence, in token order):")
-    for sequence in sequences.values():
-        print(f"  {sequence.name} {sequence.length:>4} tokens  {_short(sequence.block_table)}")
-    _explain_one(pool, sequences["D"])
-    descriptor.destroy()
-    written = [k_cache, v_cache, *(() if given else scales.values())]
-    back = [array.get() if on_gpu else array for array in written]
-    if storage is None:
-        wanted = [{name: both[i] for name, both in dense.texts.items()} for i in (0, 1)]
-        return _compare(wanted, pool, sequences, image, back, layout)
+    for name, sequence in sequences.items():
+        print(f"  {name} {sequence.num_tokens:>4} tokens  {_short(sequence.block_table)}")
+    _explain_one(*list(sequences.items())[-1], block_size)
+    return _check(dense, sequences, storage, cache, expected, found)
 
-    k, v = (_all_rows(dense, which) for which in (0, 1))
-    k_out, v_out = move(np.zeros_like(k)), move(np.zeros_like(v))
-    everything = np.concatenate(
-        [pool.slots(sequence, np.arange(sequence.length)) for sequence in sequences.values()]
+
+def _inputs(
+    cache: pc.KVCache,
+    dense: _Dense,
+    sequences: dict[str, Sequence],
+    starts: list[int],
+    move: Callable[[Array], Any],
+    batch: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Return K, V and slots of the tokens from `starts` on, on the device, padded to a batch."""
+    ends = [sequence.num_tokens for sequence in sequences.values()]
+    query_start_loc = np.cumsum([0, *np.subtract(ends, starts)])
+    positions = np.concatenate([np.arange(*each) for each in zip(starts, ends, strict=True)])
+    firsts = np.cumsum([0, *(len(ids) for ids in dense.tokens.values())])[:-1]
+    rows = firsts.repeat(np.diff(query_start_loc)) + positions
+    rows = np.pad(rows, (0, max(batch - len(rows), 0)))
+    slots = move(np.zeros(len(rows), np.int64))
+    pc.slot_mapping(
+        cache.block_tables(sequences.values()).tables,
+        move(query_start_loc),
+        move(positions),
+        block_size=cache.block_size,
+        out=slots,
     )
-    read = (k_cache, v_cache, move(everything), k_out, v_out)
-    pc.paged_gather(*read, **(scales | options))
-    stored = sum(array.nbytes for array in (*image, *given))
-    plain = pool.num_blocks * block_size * (k[0].nbytes + v[0].nbytes)
-    print()
-    _print_wrapped(
-        f"Memory: caches and scales take {stored:,} bytes, {stored / plain:.3f} of the {plain:,} "
-        f"of caches that copy {arguments.dtype}."
-    )
-    print("Read back by paged_gather through the block tables, beside the dense K and V:")
-    # What must have been stored and read is computed here once more.
-    wanted = [{} for _ in image]
-    misread = ""
-    ends = np.cumsum([sequence.length for sequence in sequences.values()])[:-1]
-    for which, (letter, rows_of_all, out) in enumerate(
-        zip("KV", (k, v), (k_out, v_out), strict=True)
-    ):
-        found = out.get() if on_gpu else out
-        print(f"  {letter}  {_error(found, rows_of_all, letter)}")
-        codes, computed = storage.encode(rows_of_all, given[which] if given else None)
-        wanted[which] = dict(zip(sequences, np.split(codes, ends), strict=True))
-        if computed is not None:
-            wanted[2 + which] = dict(zip(sequences, np.split(computed, ends), strict=True))
-        expected = storage.decode(codes, given[which] if computed is None else computed)
-        if wrong := _difference(found, expected.astype(rows_of_all.dtype)):
+    return move(dense.k[rows]), move(dense.v[rows]), slots
+
+
+def _check(
+    dense: _Dense,
+    sequences: dict[str, Sequence],
+    storage: Storage | None,
+    cache: pc.KVCache,
+    expected: pc.KVCache,
+    found: pc.KVCache,
+) -> int:
+    """Compare what is stored and what is read back with what NumPy makes of K and V.
+
+    Two more caches are in host memory: `expected` as the cache was before the first write, and
+    `found` for what is in it now.
+    """
+    if storage is not None:
+        taken = sum(part.nbytes for part in cache.layers[0] if part is not None)
+        plain = cache.num_blocks * cache.block_size * (dense.k[0].nbytes + dense.v[0].nbytes)
+        print()
+        _print_wrapped(
+            f"Memory: K, V and scales take {taken:,} bytes, {taken / plain:.3f} of the {plain:,} "
+            f"that K and V take in {cache.dtype}."
+            + f" Alignment in blocks makes it {cache.nbytes:,}."
+            * (cache.nbytes > taken)
+        )
+        print("Read back by KVCache.read through the block tables, beside the dense K and V:")
+    read = [cache.read(0, sequence) for sequence in sequences.values()]
+    k, v = (np.concatenate([_on_host(rows) for rows in each]) for each in zip(*read, strict=True))
+    wanted: dict[int, Array] = {}  # by place in a layer
+    misread = None
+    for which, (rows, back) in enumerate(((dense.k, k), (dense.v, v))):
+        letter, codes, decoded = "KV"[which], rows, rows
+        if storage is not None:
+            print(f"  {letter}  {_error(back, rows, letter)}")
+            scale = storage.scale_of(rows)
+            codes, computed = storage.encode(rows, None if storage.computes else scale)
+            if computed is not None:
+                wanted[2 + which] = scale = computed
+            decoded = storage.decode(codes, scale).astype(rows.dtype)
+        wanted[which] = codes
+        if wrong := _difference(back, decoded):
             misread = f"{letter} that was read back differs from what is stored: {wrong}"
-    return _compare(wanted, pool, sequences, image, back, layout, storage, misread)
+    found.blocks[:] = _on_host(cache.blocks)
+    marks = _marks(cache.pool, sequences)
+    if fault := _fault(wanted, sequences, marks, storage, expected, found) or misread:
+        print(f"\nMISMATCH: {fault}")
+        return 1
+    compared = sum(rows.nbytes for rows in wanted.values())
+    source, same = "the", "the same"
+    if storage is not None:
+        source, same = "those that NumPy makes of the", "exactly what they stand for"
+    print(f"\nOK: {compared:,} stored bytes equal {source} dense K and V,")
+    print(f"    KVCache.read returns {same},")
+    print(f"    and all {cache.nbytes:,} bytes of the cache are as expected,", end=" ")
+    print("unwritten slots included.")
+    return 0
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array of random bytes."""
-    made: Array = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)
-    return made[..., 0]
+def _fault(
+    wanted: dict[int, Array],
+    sequences: dict[str, Sequence],
+    marks: list[str],
+    storage: Storage | None,
+    expected: pc.KVCache,
+    found: pc.KVCache,
+) -> str | None:
+    """Return in words which byte of a cache is wrong; ``None`` if all are right."""
+    tokens = [
+        (name, place, sequence.block_table[place // found.block_size], place % found.block_size)
+        for name, sequence in sequences.items()
+        for place in range(sequence.num_tokens)
+    ]
+    for which, rows in sorted(wanted.items()):
+        noun = "KV"[which % 2]
+        source = f"the dense {noun}" + (f" in {storage.name}" if storage else "")
+        if which > 1:
+            noun, source = f"scale of {noun}", f"that of {source}"
+        right, got = expected.layers[0][which], found.layers[0][which]
+        for row, (name, place, block, offset) in zip(rows, tokens, strict=True):
+            at = (block, slice(None), offset) if found.layout == "HND" else (block, offset)
+            if wrong := _difference(got[at], row):
+                what = f"{noun} of token {place} of {name} (block {block}, offset {offset})"
+                return f"{what} differs from {source}: {wrong}"
+            right[at] = row
+    for block, mark in enumerate(marks):
+        if wrong := _difference(found.blocks[block], expected.blocks[block]):
+            return f"block {block} ({mark}) was written where no token belongs: {wrong}"
+    return None
 
 
-def _all_rows(dense: _Dense, which: int) -> Array:
-    """Return K or V of all texts, one after the other."""
-    return np.concatenate([both[which] for both in dense.texts.values()])
+def _on_host(array: Any) -> Any:
+    return array.get() if hasattr(array, "get") else array  # of CuPy
 
 
 def _error(found: Array, dense: Array, letter: str) -> str:
@@ -340,10 +418,6 @@ def _error(found: Array, dense: Array, letter: str) -> str:
     )
 
 
-def _gather(dense: _Dense, rows: list[tuple[str, int]], which: int) -> Array:
-    return np.stack([dense.texts[name][which][place] for name, place in rows])
-
-
 def _print_wrapped(text: str) -> None:
     """Print a paragraph, with all lines indented like the first."""
     indent = " " * (len(text) - len(text.lstrip()))
@@ -354,11 +428,24 @@ def _print_wrapped(text: str) -> None:
     )
 
 
-def _coloured(picture: str) -> str:
-    """Colour the marks on a terminal, unless NO_COLOR is set."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return picture
-    return re.sub(r"[A-D*#]", lambda mark: f"\x1b[{COLOURS[mark[0]]}m{mark[0]}\x1b[0m", picture)
+def _marks(pool: pc.BlockPool, sequences: dict[str, Sequence]) -> list[str]:
+    """Return a mark for each block that says who holds it."""
+    names = {sequence: name for name, sequence in sequences.items()}
+    marks = ["."] * pool.num_blocks
+    for sequence in pool.sequences:
+        for block in sequence.block_table:
+            marks[block] = names.get(sequence, "#") if marks[block] == "." else "*"
+    return marks
+
+
+def _print_picture(pool: pc.BlockPool, sequences: dict[str, Sequence]) -> None:
+    """Print the marks in rows, coloured on a terminal unless NO_COLOR is set."""
+    columns, gap = (32, " ") if pool.num_blocks <= 256 else (80, "")
+    marks = _marks(pool, sequences)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        marks = [f"\x1b[{COLOURS[mark]}m{mark}\x1b[0m" if mark != "." else mark for mark in marks]
+    for row in range(0, pool.num_blocks, columns):
+        print(f"  {row:>4}  {gap.join(marks[row : row + columns])}")
 
 
 def _short(table: list[int], most: int = 16) -> str:
@@ -366,15 +453,15 @@ def _short(table: list[int], most: int = 16) -> str:
     return f"{shown} ... {len(table)} blocks" if len(table) > most else shown
 
 
-def _explain_one(pool: Pool, sequence: Sequence) -> None:
-    token = sequence.length - 1
-    entry, offset = divmod(token, pool.block_size)
+def _explain_one(name: str, sequence: Sequence, block_size: int) -> None:
+    token = sequence.num_tokens - 1
+    entry, offset = divmod(token, block_size)
     block = sequence.block_table[entry]
     _print_wrapped(
-        f"  The last token of {sequence.name} is token {token}, counting from 0. Entry {token} // "
-        f"{pool.block_size} = {entry} of its block table is block {block}, and its offset is "
-        f"{token} % {pool.block_size} = {offset}, so its slot is {block} * {pool.block_size} + "
-        f"{offset} = {block * pool.block_size + offset}."
+        f"  The last token of {name} is token {token}, counting from 0. Entry {token} // "
+        f"{block_size} = {entry} of its block table is block {block}, and its offset is "
+        f"{token} % {block_size} = {offset}, so its slot is {block} * {block_size} + "
+        f"{offset} = {block * block_size + offset}."
     )
 
 
@@ -398,71 +485,6 @@ def _timed(write: Callable[[], None], on_gpu: bool) -> tuple[float, float]:
     last.synchronize()
     elapsed = cupy.cuda.get_elapsed_time
     return float(elapsed(start, first)) / 1e3, float(elapsed(first, last)) / 1e3 / REPEATS
-
-
-def _compare(
-    wanted: list[dict[str, Array]],
-    pool: Pool,
-    sequences: dict[str, Sequence],
-    image: list[Array],
-    back: list[Array],
-    layout: str,
-    storage: Storage | None = None,
-    misread: str = "",
-) -> int:
-    """Compare what the block tables read back with what is wanted there, and caches in full.
-
-    Parameters
-    ----------
-    wanted : list of dict
-        By name of the sequence, what K, V, and the scales of both if there are any, must be.
-    pool : Pool
-    sequences : dict
-    image, back : list of array
-        Caches, and scales if there are any, before the first write and after the last.
-    layout : {"HND", "NHD"}
-    storage : Storage, optional
-        The format of the caches, if it is one of their own.
-    misread : str
-        What is wrong if all of these are right.
-    """
-    read = 0
-    for which, (expected, cache) in enumerate(zip(image, back, strict=True)):
-        letter = "KV"[which % 2]
-        noun, whole, source = letter, f"{letter} cache", f"the dense {letter}"
-        if storage is not None:
-            source += f" in {storage.name}"
-        if which > 1:
-            noun, whole, source = f"scale of {letter}", f"{letter} scales", f"that of {source}"
-        for name, sequence in sequences.items():
-            for place in range(sequence.length):
-                block = sequence.block_table[place // pool.block_size]
-                offset = place % pool.block_size
-                at = (block, slice(None), offset) if layout == "HND" else (block, offset)
-                row = wanted[which][name][place]
-                if wrong := _difference(cache[at], row):
-                    what = f"{noun} of token {place} of {name} (block {block}, offset {offset})"
-                    print(f"\nMISMATCH: {what} differs from {source}: {wrong}")
-                    return 1
-                read += row.nbytes
-                expected[at] = row
-        for block, mark in enumerate(pool.marks()):
-            if wrong := _difference(cache[block], expected[block]):
-                what = f"block {block} ({mark}) of the {whole}"
-                print(f"\nMISMATCH: {what} was written where no token belongs: {wrong}")
-                return 1
-    if misread:
-        print(f"\nMISMATCH: {misread}")
-        return 1
-    total = sum(cache.nbytes for cache in back)
-    if storage is not None:
-        print(f"\nOK: {read:,} stored bytes equal those that NumPy makes of the dense K and V,")
-        print("    what was read back is exactly what they stand for,")
-        print(f"    and all {total:,} bytes are as expected, unwritten slots included.")
-        return 0
-    print(f"\nOK: {read:,} bytes read back through the block tables equal the dense K and V,")
-    print(f"    and all {total:,} bytes of both caches are as expected, unwritten slots included.")
-    return 0
 
 
 def _difference(got: Array, expected: Array) -> str | None:

@@ -26,8 +26,9 @@ class Storage:
     name : str
     most : float
         What the largest magnitude that shares a scale is stored as.
-    scale : {"tensor", "token-head", "group"}
-        What shares a scale: all of a cache, a token's row in a head, or 32 dimensions of one.
+    scale : {None, "token", 32}
+        What shares a scale: all of a cache, a token's row in a head, or 32 dimensions of one. The
+        latter two are what `KVCache` is given.
     float_dtype : type, optional
         Of 8-bit floats.
     packed : int
@@ -36,20 +37,20 @@ class Storage:
 
     name: str
     most: float
-    scale: str
+    scale: str | int | None
     float_dtype: Any = None
     packed: int = 1
 
     @property
     def computes(self) -> bool:
         """Whether the write computes the scales."""
-        return self.scale != "tensor"
+        return self.scale is not None
 
     def __str__(self) -> str:
         if not self.computes:
             return f"one float32 scale for each, which makes its largest magnitude {self.most:g}"
         shared = f"every {GROUP} dimensions of a token and head"
-        if self.scale == "token-head":
+        if self.scale == "token":
             shared = "each token and head"
         return f"a float32 scale for {shared}, which the write computes"
 
@@ -59,9 +60,13 @@ class Storage:
         scale: Array = largest / np.float32(self.most)
         return scale
 
+    def scale_for(self, k: Array, v: Array) -> Any:
+        """Return what `KVCache` is given as the scale of this K and V."""
+        return self.scale if self.computes else (self.scale_of(k), self.scale_of(v))
+
     def groups(self, size: int) -> tuple[int, ...]:
         """Return the last axis of the scales of a head of this size, if they have one."""
-        return (size // GROUP,) if self.scale == "group" else ()
+        return (size // GROUP,) if self.scale == GROUP else ()
 
     def encode(self, rows: Array, scale: Array | None) -> tuple[Array, Array | None]:
         """Return the codes and the computed scales of ``[tokens, heads, size]``."""
@@ -71,7 +76,7 @@ class Storage:
         groups = values.reshape(*values.shape[:2], *(self.groups(values.shape[2]) or (1,)), -1)
         scales = np.maximum(np.abs(groups).max(-1) / np.float32(self.most), SMALLEST)
         codes = self._codes((groups * (1 / scales)[..., None]).reshape(values.shape))
-        return codes, scales if self.scale == "group" else scales[..., 0]
+        return codes, scales if self.scale == GROUP else scales[..., 0]
 
     def decode(self, codes: Array, scales: Array) -> Array:
         """Return ``[tokens, heads, size]`` as float32."""
@@ -105,9 +110,9 @@ class Storage:
 STORAGES = {
     storage.name: storage
     for storage in (
-        Storage("float8_e4m3fn", 448, "tensor", ml_dtypes.float8_e4m3fn),
-        Storage("float8_e5m2", 57344, "tensor", ml_dtypes.float8_e5m2),
-        Storage("int8", 127, "token-head"),
-        Storage("int4", 7, "group", packed=2),
+        Storage("float8_e4m3fn", 448, None, ml_dtypes.float8_e4m3fn),
+        Storage("float8_e5m2", 57344, None, ml_dtypes.float8_e5m2),
+        Storage("int8", 127, "token"),
+        Storage("int4", 7, GROUP, packed=2),
     )
 }
