@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a cache to and from other processes and hosts, with NVIDIA's NIXL.
+
+- `errors`: what can go wrong on the way
+- `card`: what one side must know of the other, as bytes
+- `agent`: `Agent`, which other sides connect to; `Peer`, one of them; `Job`, blocks on their way
+- `handover`: whole sequences, without the blocks that the other side has
+
+NIXL is imported when an agent is made. Without PyTorch, install it with ``pip install --no-deps
+nixl nixl-cu12``. The guide is ``docs/two_hosts.md``.
+"""
+
+from pagedcache.transfer.agent import Agent, Job, Peer
+from pagedcache.transfer.errors import TransferError, TransferTimeoutError
+from pagedcache.transfer.handover import Arrival, Offer, accept, offer, receive
+
+__all__ = [
+    "Agent",
+    "Arrival",
+    "Job",
+    "Offer",
+    "Peer",
+    "TransferError",
+    "TransferTimeoutError",
+    "accept",
+    "offer",
+    "receive",
+]

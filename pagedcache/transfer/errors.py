@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong between two sides, and waiting for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pagedcache.status import BadParamError, BadParamTypeError, InternalError, shown
+
+
+class TransferError(InternalError):
+    """Blocks did not arrive, or not all of them. What the targets hold is not known.
+
+    Attributes
+    ----------
+    side : {"peer", "agent", "unknown"}
+        Which side failed: the other one, this one, or it cannot be told, as for a network.
+    """
+
+    def __init__(self, subject: str, rule: str, side: str = "unknown") -> None:
+        super().__init__(subject, rule)
+        self.side = side
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.side)
+
+
+class TransferTimeoutError(TransferError, TimeoutError):
+    """The time that `wait` was given is over. What it waited for goes on, and may still happen."""
+
+
+def wait_for(done: Callable[[], bool], timeout: float | None, subject: str) -> None:
+    """Return once something is done.
+
+    Raises
+    ------
+    TransferTimeoutError
+        It is not done after `timeout` seconds.
+    """
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            rule = "must be a number of seconds or None"
+            raise BadParamTypeError("timeout", rule, shown(timeout))
+        if not timeout >= 0:
+            raise BadParamError("timeout", "must be at least 0 seconds", timeout)
+    began = time.monotonic()
+    while not done():
+        passed = time.monotonic() - began
+        pause = min(passed / 20, 1e-3)  # short at first, so that short transfers take no longer
+        if timeout is not None:
+            if passed >= timeout:
+                rule = f"is not done after {timeout:g} s; it goes on, so wait again"
+                raise TransferTimeoutError(subject, rule)
+            pause = min(pause, timeout - passed)
+        time.sleep(pause)
