@@ -78,6 +78,24 @@ __device__ __forceinline__ void keep([[maybe_unused]] Value& value) {
 #endif
 }
 
+// Threads meet in groups of 32 neighbours, numbered by threadIdx.x. A group is a warp, or half of a
+// wave of 64, of which the other half may be somewhere else.
+constexpr unsigned int kGroupThreads = 32;
+constexpr unsigned int kWholeGroup = 0xffffffff;
+
+#if !defined(PAGEDCACHE_GROUPS)
+// The threads of this group for which `mine` is true, a bit each. All come here.
+__device__ __forceinline__ unsigned int ballot(bool mine) {
+  return __ballot_sync(kWholeGroup, mine);
+}
+// The value that the thread whose number has another bit of `step` brings. Those in `group` come.
+__device__ __forceinline__ float exchanged(float value, unsigned int step, unsigned int group) {
+  return __shfl_xor_sync(group, value, step);
+}
+// The threads of this group wait for each other's accesses to shared memory.
+__device__ __forceinline__ void meet() { __syncwarp(kWholeGroup); }
+#endif
+
 // Invalid indices, such as slots outside a cache, that kernels met since the host last took
 // the report.
 struct Report {

@@ -48,7 +48,7 @@ __device__ __forceinline__ Whole abs(Whole a) { return a < 0 ? negative(a) : a; 
   }
 #else
 #define PAGEDCACHE_COMPARED(name, instruction, operator) \
-  inline bool name(float a, float b) { return a operator b; }
+  __device__ __forceinline__ bool name(float a, float b) { return a operator b; }
 #endif
 PAGEDCACHE_COMPARED(less, "setp.lt", <)
 PAGEDCACHE_COMPARED(less_equal, "setp.le", <=)
@@ -151,9 +151,14 @@ __device__ __forceinline__ float sqrt(float a) {
 #define PAGEDCACHE_NEAR(name) \
   __device__ __forceinline__ float name(float a) { return ::name##f(a); }
 #else
-inline float sqrt(float a) { return __builtin_sqrtf(a); }
-#define PAGEDCACHE_NEAR(name) \
-  inline float name(float a) { return static_cast<float>(__builtin_##name(double(a))); }
+#if !defined(PAGEDCACHE_IN_DOUBLE)
+#define PAGEDCACHE_IN_DOUBLE(name) __builtin_##name
+#endif
+__device__ __forceinline__ float sqrt(float a) { return __builtin_sqrtf(a); }
+#define PAGEDCACHE_NEAR(name)                                         \
+  __device__ __forceinline__ float name(float a) {                    \
+    return static_cast<float>(PAGEDCACHE_IN_DOUBLE(name)(double(a))); \
+  }
 #endif
 PAGEDCACHE_NEAR(exp)
 PAGEDCACHE_NEAR(exp2)
@@ -168,7 +173,7 @@ __device__ __forceinline__ float power(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return static_cast<float>(::pow(static_cast<double>(a), static_cast<double>(b)));
 #else
-  return static_cast<float>(__builtin_pow(double(a), double(b)));
+  return static_cast<float>(PAGEDCACHE_IN_DOUBLE(pow)(double(a), double(b)));
 #endif
 }
 

@@ -107,41 +107,43 @@ __device__ __forceinline__ unsigned int toF16(float value) {
   return bits;
 }
 #else
-inline float asFloat(unsigned int bits) {
+__device__ __forceinline__ float asFloat(unsigned int bits) {
   float value;
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
-inline unsigned int asBits(float value) {
+__device__ __forceinline__ unsigned int asBits(float value) {
   unsigned int bits;
   __builtin_memcpy(&bits, &value, 4);
   return bits;
 }
-inline float add(float a, float b) { return a + b; }
-inline float subtract(float a, float b) { return a - b; }
-inline float multiply(float a, float b) { return a * b; }
-inline float divide(float a, float b) { return a / b; }
-inline float multiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float multiplyQuickly(float a, float b) { return a * b; }
-inline float reciprocalOf(float a) { return 1.0f / a; }
-inline float reciprocalRootNear(float a) { return 1.0f / __builtin_sqrtf(a); }
-inline float larger(float a, float b) { return b > a || a != a ? b : a; }
-inline float smaller(float a, float b) { return b < a || a != a ? b : a; }
-inline float magnitude(float a) { return asFloat(asBits(a) & 0x7fffffffu); }
-inline int rounded(float a) {
+__device__ __forceinline__ float add(float a, float b) { return a + b; }
+__device__ __forceinline__ float subtract(float a, float b) { return a - b; }
+__device__ __forceinline__ float multiply(float a, float b) { return a * b; }
+__device__ __forceinline__ float divide(float a, float b) { return a / b; }
+__device__ __forceinline__ float multiplyAdd(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+__device__ __forceinline__ float multiplyQuickly(float a, float b) { return a * b; }
+__device__ __forceinline__ float reciprocalOf(float a) { return 1.0f / a; }
+__device__ __forceinline__ float reciprocalRootNear(float a) { return 1.0f / __builtin_sqrtf(a); }
+__device__ __forceinline__ float larger(float a, float b) { return b > a || a != a ? b : a; }
+__device__ __forceinline__ float smaller(float a, float b) { return b < a || a != a ? b : a; }
+__device__ __forceinline__ float magnitude(float a) { return asFloat(asBits(a) & 0x7fffffffu); }
+__device__ __forceinline__ int rounded(float a) {
   if (a != a) return 0;
   if (magnitude(a) >= 8388608.0f) return a > 0 ? 0x7fffffff : -0x7fffffff - 1;
   const int whole = static_cast<int>(a);
   const float rest = a - static_cast<float>(whole);
   return whole + (rest >= 0.5f) - (rest <= -0.5f);
 }
-inline float fromF16(unsigned int bits) {
+__device__ __forceinline__ float fromF16(unsigned int bits) {
   const unsigned int sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
   if (rest >= 0x7c00u) return asFloat(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
   // As a float32 with the same bits, the exponent is too small by 127 - 15.
   return asFloat(sign | asBits(asFloat(rest << 13) * 0x1p112f));
 }
-inline unsigned int toF16(float value) {
+__device__ __forceinline__ unsigned int toF16(float value) {
   const unsigned int bits = asBits(value), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
   if (rest > 0x7f800000u) return 0x7fffu;
   if (rest >= 0x477ff000u) return sign | 0x7c00u;

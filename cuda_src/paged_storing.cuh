@@ -31,11 +31,11 @@ struct PagedStoringParameters {
 
 // The largest value that any of `lanes` neighbouring threads has.
 __device__ __forceinline__ float largestOf(float value, unsigned int lanes) {
-  const unsigned int in_warp = threadIdx.x % 32;
+  const unsigned int in_group = threadIdx.x % kGroupThreads;
   const unsigned int ours =
-      lanes == 32 ? 0xffffffffu : ((1u << lanes) - 1) << (in_warp & ~(lanes - 1));
+      lanes == kGroupThreads ? kWholeGroup : ((1u << lanes) - 1) << (in_group & ~(lanes - 1));
   for (unsigned int step = lanes / 2; step > 0; step /= 2) {
-    value = larger(value, __shfl_xor_sync(ours, value, step));
+    value = larger(value, exchanged(value, step, ours));
   }
   return value;
 }

@@ -79,11 +79,11 @@ struct Rows {
   __device__ __forceinline__ bool has(int i) const { return kFull || dim(i) < kSize; }
   // All threads of a warp come to each of these together, those without a row too.
   __device__ __forceinline__ float from(float value, unsigned int step) const {
-    return __shfl_xor_sync(0xffffffffu, value, step);
+    return exchanged(value, step, kWholeGroup);
   }
   // The threads of a row wait for each other's accesses to `shared`.
   __device__ __forceinline__ void meet() const {
-    if constexpr (kLanes > 1) __syncwarp(0xffffffffu);
+    if constexpr (kLanes > 1) pagedcache::meet();
   }
   __device__ __forceinline__ void share(const float (&values)[kElements]) {
 #pragma unroll

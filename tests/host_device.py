@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,19 +30,29 @@ TAKE = "pagedcache::takeReport"
 
 
 class Compiler:
-    """Compiles CUDA source for the host into a folder, with PAGEDCACHE_HOST_FLAGS."""
+    """Compiles CUDA source for the host into a folder, with PAGEDCACHE_HOST_FLAGS.
 
-    def __init__(self, folder):
+    Where threads meet, they do so in warps of NVIDIA's GPUs, or in AMD's waves of `wave` lanes.
+    """
+
+    def __init__(self, folder, wave=None, sources=None):
         self.folder = folder
+        self.wave = wave
+        self.sources = sources or source.folder()
 
     @functools.cache  # noqa: B019 - there is one per session
     def library(self, file, expressions, more=""):
         """Return a library with a function ``run_<number>`` for each expression."""
         path = Path(file)
-        path = path if path.is_absolute() else source.folder() / path
+        path = path if path.is_absolute() else self.sources / path
         lines = [f'#include "{HERE / "host_shim.h"}"', f'#include "{path}"', more]
-        if "_sync(" in source.read(path):  # its threads meet in shuffles
+        if self.wave:
+            lines.insert(1, f'#include "{self.sources / "hip.cuh"}"')
+        own = source.read(path).replace(source.read(self.sources / "common.cuh"), "")
+        if self.wave or re.search(r"\b(ballot|exchanged|meet)\(", own):  # its threads meet
             lines.insert(0, "#define PAGEDCACHE_WARPS")
+            if self.wave:
+                lines.insert(0, f"#define PAGEDCACHE_WAVE {self.wave}")
         for number, expression in enumerate(expressions):
             lines.append(
                 f'extern "C" void run_{number}(unsigned int blocks, unsigned int rows, '
@@ -56,7 +67,7 @@ class Compiler:
         flags += os.environ.get("PAGEDCACHE_HOST_FLAGS", "").split()
         stem = self.folder / hashlib.sha256(" ".join([text, *flags]).encode()).hexdigest()[:16]
         stem.with_suffix(".cpp").write_text(text)
-        program = [shutil.which("g++"), *flags, "-I", source.folder()]
+        program = [shutil.which("g++"), *flags, "-I", self.sources]
         program += [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
         subprocess.run(program, check=True)
         return ctypes.CDLL(str(stem.with_suffix(".so")))
@@ -84,6 +95,7 @@ class HostDevice:
     def __init__(self, compiler, **limits):
         self.compiler = compiler
         self.limits = FakeLimits(**limits)
+        self.kept = []
         self.launches = []  # of (expression, (blocks, rows), threads)
 
     def compile(self, file, expressions, text=""):
@@ -104,6 +116,11 @@ class HostDevice:
 
         pack = functools.partial(parameters.packer(type(arguments)), arguments, 0)
         return SimpleNamespace(pack=pack, run=launch)
+
+    def resident(self, data):
+        held = ctypes.create_string_buffer(data, len(data))
+        self.kept.append(held)
+        return ctypes.addressof(held)
 
     def current_stream(self):
         return 0

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from layouts import expected, forget, same, simple_case
 from test_arrays import torch_view
 
 import pagedcache as pc
+from pagedcache.arrays import find
 from pagedcache.backend import registry
 from pagedcache.backend.cpu import CpuReport
 from pagedcache.backend.protocol import Implementation, LaunchConfig
@@ -79,7 +83,7 @@ def clean(monkeypatch):
 
 def test_the_built_in_ones():
     reports = pc.backends()
-    assert list(reports)[:2] == ["cpu", "cuda"]
+    assert list(reports)[:3] == ["cpu", "cuda", "rocm"]
     assert reports["cpu"].usable
     assert "NumPy" in reports["cpu"].reason
     assert reports["cuda"].usable or reports["cuda"].reason
@@ -125,6 +129,58 @@ def test_entry_points(clean, monkeypatch):
     # The types that nobody disputes still work.
     assert pc.Handle("cpu").device == "cpu"
     assert not pc.backends()["toy"].usable
+
+
+@pytest.fixture
+def installed(clean, tmp_path, monkeypatch):
+    """Install a package that brings a backend, and return it."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    folder = shutil.copytree(Path(__file__).with_name("outside_backend"), tmp_path / "package")
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site"]
+    subprocess.run([*pip, *offline, folder], check=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    known = dict(find.libraries)
+    registry._entry_points.cache_clear()
+    yield
+    registry._entry_points.cache_clear()
+    find.libraries.clear()
+    find.libraries.update(known)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pagedcache_npu"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_a_package_from_outside_is_installed_and_used(installed, layout):
+    assert "pagedcache_npu" not in sys.modules
+    handle = pc.Handle("npu")  # found by its entry point
+    assert repr(handle) == "Handle('npu:0': a made-up NPU)"
+    assert pc.backends()["npu"].usable
+    npu = sys.modules["pagedcache_npu"]
+    case = simple_case(tokens=9, k_size=8, v_size=6, layout=layout)
+    case.views["slot_mapping"][3] = 7 * 4  # past the end
+    arrays = [npu.Array(array) for array in case.arrays()]
+    wanted = [*case.arrays()]
+    pc.paged_caching(*wanted, layout=layout)
+    pc.paged_caching(*arrays, layout=layout)
+    for array, one in zip(arrays, wanted, strict=True):
+        assert array.get().tobytes() == one.tobytes()
+    k, v = (np.zeros_like(array) for array in wanted[2:4])
+    k_out, v_out = npu.Array(k), npu.Array(v)
+    pc.paged_gather(*arrays[:2], arrays[4], k_out, v_out, layout=layout)
+    pc.paged_gather(*wanted[:2], wanted[4], k, v, layout=layout)
+    assert k_out.get().tobytes() == k.tobytes()
+    assert v_out.get().tobytes() == v.tobytes()
+    assert k.any()
+    with pc.Descriptor.create(*arrays, layout=layout, handle=handle) as write:
+        write.calculate(*arrays)
+        with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[3\] = 28 is outside"):
+            write.check()
+    with pytest.raises(ValueError, match="k must be on npu:0 like v_cache, got cpu"):
+        pc.paged_caching(*arrays[:2], *wanted[2:], layout=layout)
+    codes = npu.Array(np.zeros(case.views["k_cache"].shape, np.int8))
+    scale = npu.Array(np.ones(1, np.float32))
+    with pytest.raises(NotImplementedError, match="k_cache must have dtype bfloat16 on NPUs"):
+        pc.paged_caching(codes, *arrays[1:], k_scale=scale, k_format="int8", layout=layout)
 
 
 def test_targets_are_imported_only_when_used(clean):

@@ -27,11 +27,12 @@ class Cupy(Library):
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
+        self._kind = "rocm" if getattr(cupy.cuda.runtime, "is_hip", False) else "cuda"
 
     def read(self, subject: str, array: Any) -> Tensor:
         """Return address, dtype, shape, strides and device of an array, without a copy."""
         memory = array.data
-        device = f"cuda:{memory.device_id}"
+        device = f"{self._kind}:{memory.device_id}"
         return Tensor(memory.ptr, array.dtype, array.shape, array.strides, device, writable=True)
 
     def conditions(

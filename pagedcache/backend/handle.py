@@ -25,8 +25,9 @@ class Handle:
     Parameters
     ----------
     device : str, optional
-        ``"cpu"``, ``"cuda"`` (CuPy's current device), ``"cuda:1"``, or a device of a type that
-        another package has registered. By default, CUDA if it is usable here, else the CPU.
+        ``"cpu"``, ``"cuda"`` (CuPy's current device), ``"cuda:1"``, ``"rocm"``, or a device of a
+        type that another package has registered. By default, CUDA if it is usable here, else the
+        CPU.
 
     Attributes
     ----------

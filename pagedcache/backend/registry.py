@@ -34,6 +34,7 @@ ENTRY_POINT_GROUP = "pagedcache.backends"
 _targets = {
     "cpu": "pagedcache.backend.cpu:CpuBackend",
     "cuda": "pagedcache.backend.nvidia:NvidiaBackend",
+    "rocm": "pagedcache.backend.rocm:RocmBackend",
 }
 
 

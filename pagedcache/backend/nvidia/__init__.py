@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.backend.nvidia import driver, fork
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 _INITIALIZATION_ERROR = 3  # cudaErrorInitializationError
 _INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
-_CUPY_WHEELS = ("cupy", *(f"cupy-cuda{major}x" for major in range(11, 20)))
+ROCM_WHEEL = "cupy-rocm-7-0"
+_CUPY_WHEELS = ("cupy", *(f"cupy-cuda{major}x" for major in range(11, 20)), ROCM_WHEEL)
 INSTALL = "install pagedcache with the extra cuda13 or, for a CUDA 12 driver, cuda12"
 
 
@@ -46,7 +48,8 @@ class NvidiaBackend:
         """
         if fork.forked():
             raise DeviceNotInitializedError("backend cuda", fork.RULE)
-        _check_one_cupy()
+        check_one_cupy("backend cuda")
+        _check_not_rocm()
         _check_driver()
         _count_devices()
         _check_nvrtc()
@@ -79,15 +82,32 @@ def _check_driver() -> None:
 
 
 @functools.cache
-def _check_one_cupy() -> None:
-    """Raise if two wheels of CuPy are installed, which overwrite each other's files."""
-    wheels = []
+def wheels() -> tuple[str, ...]:
+    """Return the names of the wheels of CuPy that are installed."""
+    found = []
     for name in _CUPY_WHEELS:  # by name, since listing all installed packages takes 0.1 s
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            wheels.append(importlib.metadata.distribution(name).metadata["Name"])
-    if len(wheels) > 1:
+            found.append(importlib.metadata.distribution(name).metadata["Name"])
+    return tuple(found)
+
+
+def check_one_cupy(backend: str) -> None:
+    """Raise if two wheels of CuPy are installed, which overwrite each other's files.
+
+    Raises
+    ------
+    MissingLibraryError
+    """
+    if len(wheels()) > 1:
         rule = "needs exactly one CuPy; uninstall all of them, then install one"
-        raise MissingLibraryError("backend cuda", rule, " and ".join(wheels))
+        raise MissingLibraryError(backend, rule, " and ".join(wheels()))
+
+
+def _check_not_rocm() -> None:
+    cupy = sys.modules.get("cupy")  # importing it would take time that only GPUs are worth
+    if ROCM_WHEEL in wheels() or (cupy is not None and getattr(cupy.cuda.runtime, "is_hip", False)):
+        rule = "needs a CuPy for CUDA, and this one is for AMD's GPUs; use the device 'rocm'"
+        raise DeviceNotInitializedError("backend cuda", rule)
 
 
 def import_cupy() -> Any:

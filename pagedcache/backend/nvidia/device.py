@@ -97,6 +97,9 @@ class CudaDevice(Context):
         if the environment variable ``PAGEDCACHE_PDL`` is 0.
     """
 
+    options: tuple[str, ...] = OPTIONS
+    prelude = ""  # source that comes before all other
+
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self.limits = _query(index)
@@ -166,7 +169,9 @@ class CudaDevice(Context):
                         "the capture; pagedcache.warmup() does so for all plain copies"
                     )
                     raise NotSupportedError(f"compiling {Path(file).name}", rule)
-                kernels = self._load(Path(file).name, source.read(file) + text, expressions)
+                kernels = self._load(
+                    Path(file).name, self.prelude + source.read(file) + text, expressions
+                )
                 if not self._take_report:
                     self._take_report = kernels[-1].ptr
                     self.programmatic = self._try_programmatic()
@@ -177,14 +182,23 @@ class CudaDevice(Context):
         self, function: int, rows: int, threads: int, arguments: ctypes.Structure
     ) -> Launch:
         """Return a `Launch` on this device of a function that `compile` returned."""
-        programmatic = bool(self.programmatic)
+        return self._launch(function, rows, threads, arguments, bool(self.programmatic))
+
+    def _launch(
+        self,
+        function: int,
+        rows: int,
+        threads: int,
+        arguments: ctypes.Structure,
+        programmatic: bool = False,
+    ) -> Launch:
         return Launch(self.index, function, rows, threads, arguments, programmatic=programmatic)
 
     def _load(self, name: str, text: str, expressions: tuple[str, ...]) -> list[Any]:
         """Return CuPy's functions of the expressions, and that of ``takeReport``."""
         expressions = (*expressions, TAKE_REPORT)
         with self.current("loading a kernel"):
-            module = cupy.RawModule(code=text, options=OPTIONS, name_expressions=expressions)
+            module = cupy.RawModule(code=text, options=self.options, name_expressions=expressions)
             try:
                 return [module.get_function(expression).kernel for expression in expressions]
             except OSError as error:
@@ -199,7 +213,7 @@ class CudaDevice(Context):
 
     def _launch_to_take(self, report: int, room: int) -> Launch:
         kind = parameters.structure(source.read(COMMON), "TakeReportParameters")
-        launch = Launch(self.index, self._take_report, 1, 1, kind(), programmatic=False)
+        launch = self._launch(self._take_report, 1, 1, kind())
         launch.pack(report, room)
         return launch
 

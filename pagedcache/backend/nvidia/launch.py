@@ -135,7 +135,7 @@ class Launch:
                 with cupy.cuda.Device(self._device):
                     self._queue(blocks, stream)
         except runtime.CUDARuntimeError as error:
-            raise failure("launch", self._device, error) from error
+            raise failure("launch", f"cuda:{self._device}", error) from error
 
     def _refused(self, error: Any, blocks: int, stream: int) -> None:
         """Launch again if this thread had no context because it never called CUDA; else raise."""
@@ -146,4 +146,4 @@ class Launch:
                 return
         except runtime.CUDARuntimeError as again:
             error = again
-        raise failure("launch", self._device, error) from error
+        raise failure("launch", f"cuda:{self._device}", error) from error

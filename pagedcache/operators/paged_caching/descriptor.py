@@ -45,6 +45,7 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_caching.cpu:PagedCaching",
         "cuda": "pagedcache.operators.paged_caching.nvidia:implementation",
+        "rocm": "pagedcache.operators.paged_caching.nvidia:implementation",
     }
 
     @classmethod

@@ -42,6 +42,7 @@ class GatherDescriptor(SlotOperation[PagedGatherInfo]):
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.paged_gather.cpu:PagedGather",
         "cuda": "pagedcache.operators.paged_gather.nvidia:PagedGather",
+        "rocm": "pagedcache.operators.paged_gather.nvidia:PagedGather",
     }
 
     @classmethod

@@ -410,7 +410,7 @@ class ReadKernel(_Kernel):
     --------
     >>> import numpy as np
     >>> import pagedcache as pc
-    >>> load = pc.ReadKernel(k=["x - mean[dim]"])
+    >>> load = pc.ReadKernel(k=["x - mean[dim]"], k_format="float16", v_format="float16")
     >>> cache = np.ones((2, 4, 1, 2, 8), np.float16)  # K and V: 4 blocks, 1 head, 2 slots, size 8
     >>> k_out, v_out = np.zeros((2, 2, 1, 8), np.float32)
     >>> load(cache[0], cache[1], np.array([6, 1]), k_out, v_out, mean=np.full(8, 0.25, np.float32))

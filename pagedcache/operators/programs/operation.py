@@ -35,6 +35,7 @@ class ProgramOperation(SlotOperation[ProgramInfo]):
     implementations: ClassVar[dict[str, str]] = {
         "cpu": "pagedcache.operators.programs.cpu:ProgramOnCpu",
         "cuda": "pagedcache.operators.programs.nvidia:ProgramKernel",
+        "rocm": "pagedcache.operators.programs.nvidia:ProgramKernel",
     }
 
     @property
