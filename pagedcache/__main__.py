@@ -62,9 +62,11 @@ def about() -> int:
     """Print everything that a bug report needs."""
     print(f"pagedcache {__version__} at {Path(__file__).parent}")
     print(f"Python {platform.python_version()}, {platform.platform()}")
-    names = ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cuda-toolkit", "cuda-bindings")
-    print(", ".join(f"{name} {version(name)}" for name in names))
-    print(", ".join(f"{name} {version(name)}" for name in ("torch", "jax", "numba", "triton")))
+    for names in (
+        ("numpy", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-7-0"),
+        ("cuda-toolkit", "cuda-bindings", "torch", "jax", "numba", "triton"),
+    ):
+        print(", ".join(f"{name} {version(name)}" for name in names))
     print(f"\nCUDA source    {source.folder()}")
     print(f"compile cache  {compile_cache()}")
     print("\nBackends")

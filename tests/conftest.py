@@ -16,6 +16,8 @@ import pytest
 
 import pagedcache as pc
 
+collect_ignore = ["outside_backend"]  # a package of its own, which is installed where it is tested
+
 
 @pytest.fixture(scope="session")
 def compiler(tmp_path_factory):

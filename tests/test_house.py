@@ -15,13 +15,16 @@ CHECKOUT = Path(__file__).parents[1]
 # From the ground up; each imports those of its own floor and below.
 FLOORS = (
     {"status", "locks", "display", "environment", "dtypes", "tensors", "rules", "plot"},
+    {"pool"},
     {"arrays"},
     {"backend"},
     {"expressions"},
     {"cache"},
     {"steps"},
     {"operators"},
-    {"infiniop", "compat", "torch"},
+    {"host_blocks"},
+    {"infiniop", "compat", "torch", "kv_cache"},
+    {"transfer"},
     {"__init__"},
     {"demo", "bench", "__main__"},
 )

@@ -834,6 +834,7 @@ def test_jax_arrays_as_sources(cupy):
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
         pytest.skip("this JAX has no GPU")
+    cupy.cuda.Device(0).use()  # of several GPUs, JAX leaves another one current
     for dtype in ("float16", "bfloat16", "float32"):
         case = simple_case(300, 8, 128, 128, 40, 16, dtype, "int32")
         there = case.on(cupy.asarray)

@@ -95,6 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure writes with steps, beside fused kernels of peers; of the other options only "
         "--tokens, --num-slots, --device, --no-peers, --only-gpu-time, --only-host-time and --json",
     )
+    parser.add_argument(
+        "--blocks",
+        action="store_true",
+        help="measure slot mappings, copies of blocks, host memory and the pool; of the other "
+        "options only --device and --json",
+    )
+    parser.add_argument(
+        "--transfer",
+        action="store_true",
+        help="measure blocks to another process with NIXL; of the other options only --json",
+    )
     parser.add_argument("--no-peers", action="store_true", help="skip the peers")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write all results to FILE")
     parser.add_argument(
@@ -110,6 +121,10 @@ def run(arguments: argparse.Namespace) -> int:
     int
         0, or 2 if the arguments cannot be used.
     """
+    if arguments.transfer:
+        from pagedcache.bench import transfer
+
+        return transfer.run(arguments)
     try:
         handle = pc.Handle(arguments.device)
     except pc.PagedCacheError as error:
@@ -128,6 +143,13 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if arguments.fused:
         return _run_fused(arguments, handle)
+    if arguments.blocks:
+        from pagedcache.bench.blocks import run_blocks
+
+        blocks = {"machine": _machine(handle), "blocks": run_blocks(arguments.device)}
+        if arguments.json:
+            arguments.json.write_text(json.dumps(blocks, indent=1) + "\n")
+        return 0
     cases = [] if arguments.only_host_time else list(_axes(arguments, tokens[0]))
     problem = next(filter(None, (axes.problem() for axes in cases)), "")
     if arguments.scale and set(arguments.format) == {COPY}:
