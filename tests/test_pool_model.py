@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from pagedcache.pool import BlockPool, EventLog, hashes
 from pagedcache.status import FreedError, PoolExhaustedError
 
-STEPS = int(os.environ.get("PAGEDCACHE_POOL_STEPS") or 10_000)
+STEPS = int(os.environ.get("PAGEDCACHE_POOL_STEPS") or 6_000)
 STEPS_OF_ONE = 80
 
 TOKENS = st.integers(0, 2)

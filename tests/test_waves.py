@@ -61,7 +61,7 @@ def check_slots(compiler):
 
 def check_blocks(compiler):
     """Compare copies with the definition. Lanes look for pairs, and warps have other arrays."""
-    for seed in range(60):
+    for seed in range(40):
         case = test_blocks.Case(seed)
         wanted = case.expect()
         kernel, report = test_blocks.on_host(compiler, case)
@@ -98,7 +98,7 @@ def test_scales_that_threads_agree_on(wide):
 @pytest.mark.parametrize("number", [3, 5])
 def test_steps(wide, number):
     case = program_cases.random_case(number)
-    for seed in range(12):
+    for seed in range(8):
         test_programs_on_host.check(wide, case, seed)
 
 
