@@ -13,7 +13,7 @@ from program_cases import different, operation_of, reported
 import pagedcache as pc
 from pagedcache.operators.programs import nvidia
 
-KERNELS, CALLS = 14, 60
+KERNELS, CALLS = 14, 40
 
 
 def on_host(compiler, operation):
