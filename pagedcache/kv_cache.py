@@ -310,7 +310,6 @@ class KVCache:
         self.layers = tuple(layers)
         shape = (num_blocks, self.block_bytes)
         self.blocks = self._memory.part(whole, np.dtype(np.uint8), shape, (self.block_bytes, 1), 0)
-        self._given = given
 
     def _static(self, name: str, scale: Any, side: int) -> Any:
         """Return a scale that is read, on the device; of one element, as an array of one."""

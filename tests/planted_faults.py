@@ -1934,6 +1934,13 @@ FAULTS = (
         (f"{KV_TESTS}test_a_prefix_is_found_and_a_fork_gets_its_own_block",),
     ),
     Fault(
+        "blocks of host memory that are given back are still counted",
+        "pagedcache/host_blocks.py",
+        "        self.used -= len(blocks)\n",
+        "",
+        (f"{KV_TESTS}test_host_blocks_that_are_given_back_are_used_again",),
+    ),
+    Fault(
         "blocks that were found are brought back too",
         KV_CACHE,
         "        host = offloaded._blocks[found:]\n",

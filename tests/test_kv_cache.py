@@ -228,10 +228,24 @@ def test_offload_and_restore(place, kept, stored, kind):
         assert equal(read(cache, place, back), joined(kv, new))
     with pytest.raises(pc.FreedError, match="offloaded was restored or freed"):
         cache.restore(away)
+    assert cache.num_host_blocks == 0
     again = cache.offload(back)
+    assert cache.num_host_blocks == 3
     again.free()
     again.free()
-    assert cache.pool.num_used == 0
+    assert cache.pool.num_used == cache.num_host_blocks == 0
+
+
+def test_host_blocks_that_are_given_back_are_used_again(place):
+    cache = make(place, host_blocks=3)
+    for turn in range(4):
+        sequence, kv = cache.sequence(range(100 * turn, 100 * turn + 11)), rows(turn, 11)
+        write(cache, place, kv, cache.slots(sequence))
+        away = cache.offload(sequence)
+        cache.pool.reset_prefix_cache()
+        back = cache.restore(away)
+        assert equal(read(cache, place, back), kv)
+        back.free()
 
 
 def test_what_was_not_written_is_not_kept(place):
