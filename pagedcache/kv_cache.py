@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from pagedcache.status import (
     BadTensorShapeError,
     FreedError,
     NotSupportedError,
+    as_int,
     shown,
 )
 
@@ -101,6 +101,9 @@ class Offloaded:
     ) -> None:
         self.token_ids, self.key = sequence.token_ids, sequence.key
         self.num_written, self.freed = num_written, False
+        size = cache.block_size
+        whole = num_written // size >= sequence.num_tokens // size
+        self._publish = whole and sequence.published
         self._cache, self._blocks = cache, blocks
 
     @property
@@ -226,9 +229,9 @@ class KVCache:
             "v_head_size": v_head_size,
         }
         for name, size in sizes.items():
-            sizes[name] = _positive(name, size)
+            sizes[name] = as_int(name, size, 1)
         if host_blocks is not None:
-            host_blocks = _positive("host_blocks", host_blocks)
+            host_blocks = as_int("host_blocks", host_blocks, 1)
         if not isinstance(layout, str) or layout not in LAYOUTS:
             rule = f"must be one of {', '.join(LAYOUTS)}"
             raise BadParamError("layout", rule, shown(layout))
@@ -272,7 +275,7 @@ class KVCache:
                 raise BadParamError("scale", rule, shown(scale))
             parts += [(F32, rows)] * 2
         elif isinstance(scale, (int, np.integer)) and not isinstance(scale, bool):
-            group = _positive("scale", scale)
+            group = as_int("scale", scale, 1)
             for size in self._head_sizes:
                 if size % group:
                     raise BadParamError("scale", f"must divide the head size, {size}", group)
@@ -352,7 +355,7 @@ class KVCache:
         """Bytes of all blocks on the device, with their scales."""
         return self.block_bytes * self.num_blocks
 
-    def sequence(self, token_ids: Any = (), *, key: bytes = b"") -> Sequence:
+    def sequence(self, token_ids: Any = (), *, key: bytes = b"", publish: bool = True) -> Sequence:
         """Return a sequence with blocks for these tokens.
 
         See `BlockPool.sequence`: ``sequence.num_cached_tokens`` tokens at the front are in the
@@ -363,7 +366,7 @@ class KVCache:
         PoolExhaustedError
             There are too few free blocks. Nothing was changed.
         """
-        return self.pool.sequence(token_ids, key=key)
+        return self.pool.sequence(token_ids, key=key, publish=publish)
 
     def slots(self, sequence: Sequence, start: int | None = None, stop: int | None = None) -> Any:
         """Return the slots of some tokens of a sequence, on the device.
@@ -409,7 +412,7 @@ class KVCache:
         lengths = [sequence.num_tokens for sequence in found]
         count, longest = len(found), max(map(len, tables), default=0) or 1
         if max_blocks is not None:
-            if _as_int("max_blocks", max_blocks) < longest:
+            if as_int("max_blocks", max_blocks) < longest:
                 rule = f"must be at least {longest}, the length of the longest block table"
                 raise BadParamError("max_blocks", rule, max_blocks)
             longest = max_blocks
@@ -431,7 +434,16 @@ class KVCache:
 
     # Rows
 
-    def write(self, layer: int, k: Any, v: Any, slots: Any, *, stream: Any = None) -> None:
+    def write(
+        self,
+        layer: int,
+        k: Any,
+        v: Any,
+        slots: Any,
+        *,
+        on_invalid: str = "skip",
+        stream: Any = None,
+    ) -> None:
         """Write the K and V of tokens to their slots in one layer.
 
         Parameters
@@ -442,6 +454,9 @@ class KVCache:
         slots : array, or sequence of int
             ``[num_tokens]``: what `slots`, `pagedcache.slot_mapping` or `Sequence.append` return.
             Those on the host are copied to the device at each call. Negative ones are padding.
+        on_invalid : {"skip", "raise"}
+            What to do about slots past the end, which are never written: see `paged_caching`.
+            ``"raise"`` waits.
         stream : optional
             See `Descriptor.calculate`.
 
@@ -467,6 +482,7 @@ class KVCache:
                 self._moved(slots),
                 k_scale=arrays.k_scale,
                 v_scale=arrays.v_scale,
+                on_invalid=on_invalid,
                 stream=stream,
                 **self.options,
             )
@@ -558,10 +574,9 @@ class KVCache:
         """
         self._check(sequence)
         num_tokens = sequence.num_tokens
-        written = num_tokens if num_written is None else _as_int("num_written", num_written)
-        if not 0 <= written <= num_tokens:
-            rule = f"must be from 0 to the number of tokens, {num_tokens}"
-            raise BadParamError("num_written", rule, written)
+        written = num_tokens
+        if num_written is not None:
+            written = as_int("num_written", num_written, 0, num_tokens, "the number of tokens, ")
         self._handle(stream)  # refused before anything is changed
         table = sequence.block_table[: -(-written // self.block_size)]
         host = self._host.take(len(table))
@@ -592,7 +607,8 @@ class KVCache:
         -------
         Sequence
             With the same tokens. Its `num_cached_tokens` is how many were written when it was
-            offloaded.
+            offloaded. If it had not been published, or full blocks had not all been written, other
+            sequences do not find its blocks until you write the rest and call `Sequence.publish`.
 
         Raises
         ------
@@ -607,7 +623,9 @@ class KVCache:
         if offloaded.freed:
             raise FreedError("offloaded", "was restored or freed, and cannot be used any more")
         self._handle(stream)  # refused before anything is changed
-        sequence = self.pool.resume(offloaded.token_ids, key=offloaded.key)
+        sequence = self.pool.resume(
+            offloaded.token_ids, key=offloaded.key, publish=offloaded._publish
+        )
         found = sequence.num_cached_tokens // self.block_size
         host = offloaded._blocks[found:]
         table = sequence.block_table[found : found + len(host)]
@@ -619,6 +637,48 @@ class KVCache:
         sequence.num_cached_tokens = max(offloaded.num_written, sequence.num_cached_tokens)
         offloaded.free()
         return sequence
+
+    # Other processes
+
+    def send(
+        self, sequence: Sequence, peer: Any, *, num_written: int | None = None, stream: Any = None
+    ) -> Any:
+        """Hand a sequence over to another process or host, where ``accept(peer)`` takes it.
+
+        The other side finds what it has of these tokens, and reads the other blocks. Computed
+        scales are in them; given ones must be equal on both sides.
+
+        Parameters
+        ----------
+        sequence : Sequence
+            It may be appended to and freed at once: its blocks are held until the other side has
+            them.
+        peer : pagedcache.transfer.Peer
+            The other side, connected to an agent of this cache, and this one to it.
+        num_written : int, optional
+            How many of its tokens, from the front, have their K and V here. By default, all.
+        stream : optional
+            The stream of the writes. The call waits for all that is queued on it, or on the current
+            one, since NIXL knows no streams.
+
+        Returns
+        -------
+        pagedcache.transfer.Offer
+            It has ``done``, ``wait(timeout)`` and ``withdraw()``.
+
+        Raises
+        ------
+        TransferError
+            The other side is gone.
+        PagedCacheError
+            See `pagedcache.transfer.offer`.
+        """
+        self._check(sequence)
+        hand_over = getattr(peer, "hand_over", None)
+        if hand_over is None:
+            rule = "must be a Peer, which pagedcache.transfer.Agent.connect returns"
+            raise BadParamTypeError("peer", rule, shown(peer))
+        return hand_over(sequence, num_written=num_written, stream=stream)
 
     # Helpers
 
@@ -700,20 +760,6 @@ def _format(name: object, dtype: Dtype) -> Format:
         rule = f"must be one of {', '.join(FORMATS)} or None"
         raise BadParamError("format", rule, shown(name))
     return FORMATS[name]
-
-
-def _as_int(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise BadParamTypeError(name, "must be an int", shown(value)) from None
-
-
-def _positive(name: str, value: Any) -> int:
-    found = _as_int(name, value)
-    if found < 1:
-        raise BadParamError(name, "must be at least 1", found)
-    return found
 
 
 def _size(nbytes: int) -> str:

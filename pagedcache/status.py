@@ -38,6 +38,7 @@ exception that a Python user would expect::
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
@@ -99,6 +100,42 @@ def shown(value: object, how: Callable[[object], str] = repr) -> str:
         return how(value)
     except Exception:
         return f"a {type(value).__name__}"
+
+
+def as_int(
+    subject: str, value: Any, least: int | None = None, most: int | None = None, what: str = ""
+) -> int:
+    """Return an argument that must be an int, in a range, if one is given.
+
+    Parameters
+    ----------
+    subject : str
+        Its name.
+    value : int, or anything with ``__index__``
+    least, most : int, optional
+        The range, both included; without `least`, any int will do.
+    what : str
+        What `most` is, in words before it.
+
+    Raises
+    ------
+    BadParamTypeError
+        It is not an int.
+    BadParamError
+        It is out of the range.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise BadParamTypeError(subject, "must be an int", shown(value)) from None
+    if least is None:
+        return found
+    if most is None:
+        if found < least:
+            raise BadParamError(subject, f"must be at least {least}", shown(found))
+    elif not least <= found <= most:
+        raise BadParamError(subject, f"must be from {least} to {what}{most}", shown(found))
+    return found
 
 
 class InternalError(PagedCacheError, RuntimeError):

@@ -56,6 +56,7 @@ READS = "test_programs_on_host.py::test_random_reads"
 SLOT_KERNEL, BLOCK_KERNEL = "cuda_src/slot_mapping.cuh", "cuda_src/block_copy.cuh"
 SLOT_TESTS, BLOCK_TESTS = "test_slot_mapping.py::", "test_blocks.py::"
 KV_CACHE, KV_TESTS, POOL = "pagedcache/kv_cache.py", "test_kv_cache.py::", "pagedcache/pool"
+TRANSFER, TRANSFER_TESTS = "pagedcache/transfer", "test_transfer.py::"
 OPERATORS, ARRAY_LIBRARIES = "pagedcache/operators", "pagedcache/arrays"
 
 
@@ -2000,8 +2001,8 @@ FAULTS = (
     Fault(
         "the pool: one block too many is found",
         f"{POOL}/blocks.py",
-        'self._make("token_ids", token_ids, key, to_compute=1)',
-        'self._make("token_ids", token_ids, key, to_compute=0)',
+        'self._make("token_ids", token_ids, key, to_compute=1, publish=publish)',
+        'self._make("token_ids", token_ids, key, to_compute=0, publish=publish)',
         ("test_pool.py", "test_pool_model.py"),
     ),
     Fault(
@@ -2087,6 +2088,182 @@ FAULTS = (
         "        tokens.byteswap()\n",
         "",
         ("test_pool.py", "test_pool_model.py"),
+    ),
+    # Other processes
+    Fault(
+        "transfer: a word is not cleared",
+        f"{TRANSFER}/board.py",
+        "        self.words[0, grant.place] = 0\n",
+        "",
+        (f"{TRANSFER_TESTS}test_a_withdrawn_offer_never_gives_wrong_bytes",),
+    ),
+    Fault(
+        "transfer: blocks are sent to a side that was closed",
+        f"{TRANSFER}/agent.py",
+        "        yield from self._must_be_there(EAGER)\n",
+        "",
+        (f"{TRANSFER_TESTS}test_the_word_that_close_clears_first_is_enough",),
+    ),
+    Fault(
+        "transfer: what was fetched of a side that was closed counts",
+        f"{TRANSFER}/agent.py",
+        "        yield from self._must_be_there()\n\n    def _read",
+        "\n    def _read",
+        (f"{TRANSFER_TESTS}test_the_word_that_close_clears_first_is_enough",),
+    ),
+    Fault(
+        "transfer: nobody looks whether an offer still stands",
+        f"{TRANSFER}/handover.py",
+        "        if not (yield from self.peer._is_granted(*self._grant)):\n",
+        "        if False:\n",
+        (f"{TRANSFER_TESTS}test_a_withdrawn_offer_never_gives_wrong_bytes",),
+    ),
+    Fault(
+        "transfer: what has arrived is not found",
+        f"{TRANSFER}/handover.py",
+        "            self._sequence.publish()\n",
+        "            pass\n",
+        (f"{TRANSFER_TESTS}test_what_was_accepted_is_found_by_others",),
+    ),
+    Fault(
+        "transfer: blocks that were not written are found",
+        f"{TRANSFER}/handover.py",
+        "        if self._written // size >= self._sequence.num_tokens // size:\n",
+        "        if True:\n",
+        (f"{TRANSFER_TESTS}test_part_of_a_sequence",),
+    ),
+    Fault(
+        "transfer: what is on its way is found",
+        f"{TRANSFER}/handover.py",
+        "key=key, publish=False)",
+        "key=key)",
+        (f"{TRANSFER_TESTS}test_a_sequence_that_is_on_its_way_is_not_found",),
+    ),
+    Fault(
+        "transfer: a sequence that does not fit is forgotten",
+        f"{TRANSFER}/handover.py",
+        "        if error.needed > _cache_of(peer.agent).num_blocks:  # it will never fit\n",
+        "        if True:\n",
+        (f"{TRANSFER_TESTS}test_what_was_handed_over_and_cannot_be_taken",),
+    ),
+    Fault(
+        "transfer: a cache hands over what was not written",
+        KV_CACHE,
+        "hand_over(sequence, num_written=num_written, stream=stream)",
+        "hand_over(sequence, stream=stream)",
+        (f"{TRANSFER_TESTS}test_part_of_a_sequence",),
+    ),
+    Fault(
+        "transfer: a region is used again before all of it was read",
+        f"{TRANSFER}/packing.py",
+        "        if not self._regions[first]:\n",
+        "        if True:\n",
+        (f"{TRANSFER_TESTS}test_scattered_blocks_are_packed_on_both_sides",),
+    ),
+    Fault(
+        "transfer: the second part of a packed list goes where the first went",
+        f"{TRANSFER}/packing.py",
+        "        slots, targets = slots[count:], targets[count:]\n",
+        "        slots = slots[count:]\n",
+        (f"{TRANSFER_TESTS}test_scattered_blocks_are_packed_on_both_sides",),
+    ),
+    Fault(
+        "transfer: a side that is gone is waited for",
+        f"{TRANSFER}/packing.py",
+        "        if time.monotonic() - self._since > PROBE:\n",
+        "        if False:\n",
+        (f"{TRANSFER_TESTS}test_a_side_that_is_gone_before_it_packs_or_unpacks",),
+    ),
+    Fault(
+        "transfer: parts of a packed block overlap",
+        f"{TRANSFER}/packing.py",
+        "itertools.accumulate(parts, initial=0)",
+        "itertools.accumulate([each // 2 for each in parts], initial=0)",
+        (f"{TRANSFER_TESTS}test_scattered_blocks_are_packed_on_both_sides",),
+    ),
+    Fault(
+        "the pool: a hidden sequence that relies on what was forgotten is found",
+        f"{POOL}/blocks.py",
+        "        if not self._may_publish(sequence):\n            return\n        size, last",
+        "        size, last",
+        ("test_pool.py::test_a_hidden_sequence_is_never_found_if_it_cannot_be_trusted",),
+    ),
+    Fault(
+        "the pool: a hidden sequence is found when it grows",
+        f"{POOL}/blocks.py",
+        "        if publish:\n            sequence._link = link\n        elif link is not None:\n",
+        "        sequence._link = link\n        if not publish and link is not None:\n",
+        ("test_pool.py::test_a_hidden_sequence_is_found_once_it_is_published",),
+    ),
+    Fault(
+        "transfer: an offer that never fits stops all later ones",
+        f"{TRANSFER}/handover.py",
+        "        if error.needed > _cache_of(peer.agent).num_blocks:  # it will never fit\n",
+        "        if False:\n",
+        (f"{TRANSFER_TESTS}test_an_offer_that_never_fits_does_not_stop_others",),
+    ),
+    Fault(
+        "transfer: regions of a peer that died stay taken",
+        f"{TRANSFER}/packing.py",
+        "            staging.free_going += self._regions\n",
+        "",
+        (f"{TRANSFER_TESTS}test_a_third_side_is_served_after_one_has_died",),
+    ),
+    Fault(
+        "transfer: only the job that is waited for goes on",
+        f"{TRANSFER}/agent.py",
+        "        for job in list(self._jobs):\n            job._step()\n",
+        "",
+        (f"{TRANSFER_TESTS}test_jobs_may_be_waited_for_in_any_order",),
+    ),
+    Fault(
+        "transfer: nobody is told of blocks that could not be taken",
+        f"{TRANSFER}/packing.py",
+        'peer._try_to_send(message_of("failed"',
+        '(message_of("failed"',
+        (f"{TRANSFER_TESTS}test_blocks_that_cannot_be_taken",),
+    ),
+    Fault(
+        "transfer: blocks are unpacked after their fetch has failed",
+        f"{TRANSFER}/packing.py",
+        "if self.error is not None and not self.taking:",
+        "if self.error is not None:",
+        (f"{TRANSFER_TESTS}test_parts_that_are_taken_after_one_has_failed",),
+    ),
+    Fault(
+        "transfer: an interrupted job is done",
+        f"{TRANSFER}/jobs.py",
+        '            self._fail(TransferError(repr(self), rule, "agent"))\n',
+        "",
+        (f"{TRANSFER_TESTS}test_an_interrupted_fetch_is_not_done",),
+    ),
+    Fault(
+        "transfer: places of failed reads are lost",
+        f"{TRANSFER}/agent.py",
+        "        except TransferError:\n            board.give_back(here)\n            raise\n",
+        "        finally:\n            pass\n",
+        (f"{TRANSFER_TESTS}test_failed_transfers_leave_nothing_behind",),
+    ),
+    Fault(
+        "transfer: a forked child ends what its parent uses",
+        f"{TRANSFER}/agent.py",
+        "os.register_at_fork(after_in_child=_keep_for_ever)\n",
+        "",
+        (f"{TRANSFER_TESTS}test_a_forked_process_that_ends_disturbs_nobody",),
+    ),
+    Fault(
+        "a restored sequence is found before all of it was written",
+        KV_CACHE,
+        "publish=offloaded._publish",
+        "publish=True",
+        (f"{KV_TESTS}test_what_was_not_written_is_not_found_after_it_was_restored",),
+    ),
+    Fault(
+        "the pool: what two publish is told twice",
+        f"{POOL}/blocks.py",
+        "found[b] is r and b not in known",
+        "found[b] is r",
+        ("test_pool.py::test_a_block_is_stored_once_whoever_publishes_it",),
     ),
 )
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,20 +461,25 @@ def test_methods_wait_for_nothing_and_are_in_the_order_of_their_stream(name):
         assert not any(turn(streams[0], 300_000_000, number) for number in (1, 2, 3))
 
 
-def test_the_guide_runs():
-    guide = Path(pc.__file__).parents[1] / "docs" / "cache.md"
-    if not guide.exists():
-        pytest.skip("there is no checkout here")
-    cells = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
-    scope = {}
-    exec(cells[0], scope)
-    assert scope["two"].num_cached_tokens == 32
-    assert np.array_equal(scope["k"], scope["rows"][0, 0][:32])
-    exec(cells[1], scope)
-    assert scope["out"].tolist() == [31, 8, 20, 21, 22, -1, -1, -1]
-    exec(cells[2], scope)
-    assert scope["k_cache"][:, 0, 0, 0].tolist() == [8, 0, 16, 0]
-    exec(cells[3], scope)
-    assert scope["back"].num_cached_tokens == 50
-    cache, rows = scope["cache"], scope["rows"]
-    assert np.array_equal(cache.read(1, scope["back"])[1], rows[1, 1])
+@pytest.mark.parametrize("publish", [True, False])
+@pytest.mark.parametrize(("written", "whole"), [(32, False), (99, True), (100, True)])
+def test_what_was_not_written_is_not_found_after_it_was_restored(publish, written, whole):
+    cache = pc.KVCache(1, 24, 16, 1, 4, dtype="float32", device="cpu")
+    tokens = list(range(100))
+    away = cache.offload(cache.sequence(tokens, publish=publish), num_written=written)
+    assert cache.pool.find([*tokens, 5]) == (written // 16 * 16 if publish else 0)
+    cache.pool.reset_prefix_cache()
+    back = cache.restore(away)
+    assert back.num_cached_tokens == written
+    assert back.published == (publish and whole)
+    assert cache.pool.find([*tokens, 5]) == (96 if publish and whole else 0)
+    back.publish()
+    assert cache.pool.find([*tokens, 5]) == 96
+
+
+def test_a_write_can_raise_for_slots_past_the_end():
+    cache = pc.KVCache(1, 2, 4, 1, 4, dtype="float32", device="cpu")
+    k = np.ones((2, 1, 4), np.float32)
+    cache.write(0, k, k, [1, 8])
+    with pytest.raises(pc.InvalidSlotError, match=r"slot_mapping\[1\] = 8 is outside the cache"):
+        cache.write(0, k, k, [1, 8], on_invalid="raise")

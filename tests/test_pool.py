@@ -1186,3 +1186,61 @@ def test_an_interrupt_while_it_frees_does_not_free_twice():
     pool._check()
     with pytest.raises(NotSupportedError, match="a BlockPool cannot be copied"):
         copy.copy(pool)
+
+
+def test_a_hidden_sequence_is_found_once_it_is_published():
+    pool = BlockPool(16, 4)
+    pool.sequence(range(6))
+    hidden = pool.sequence(range(10), publish=False)
+    assert hidden.num_cached_tokens == 4
+    hidden.append([10, 11, 12])
+    assert pool.find(range(20)) == 4
+    assert hidden.block_hashes == ()
+    fork = hidden.fork()
+    hidden.publish()
+    assert pool.find(range(20)) == 12
+    assert pool.sequence(range(20)).block_table[:3] == hidden.block_table[:3]
+    hidden.append([13, 14, 15])
+    assert pool.find(range(20)) == 16
+    hidden.publish()
+    fork.publish()
+    fork.append([0, 0, 0])
+    assert pool.find([*range(13), 0, 0, 0, 0]) == 16
+    pool._check()
+
+
+def test_a_hidden_sequence_is_never_found_if_it_cannot_be_trusted():
+    pool = BlockPool(16, 4)
+    first = pool.sequence(range(6))
+    behind = pool.sequence(range(10), publish=False)
+    first.free(num_written=2)  # so what `behind` has found was never written
+    behind.publish()
+    assert pool.find(range(20)) == 0
+    old = pool.sequence(range(20, 30), publish=False)
+    pool.reset_prefix_cache()
+    old.publish()
+    old.append(range(8))
+    assert pool.find(range(20, 40)) == 0
+    unwritten = pool.sequence(range(40, 50), publish=False)
+    unwritten.free(num_written=0)
+    assert pool.find(range(40, 60)) == 0
+    pool._check()
+    pool = BlockPool(16, 4, prefix_caching=False)
+    pool.sequence(range(8), publish=False).publish()
+    assert pool.find(range(9)) == 0
+
+
+def test_a_block_is_stored_once_whoever_publishes_it():
+    pool = BlockPool(16, 4)
+    told = []
+    pool.subscribe(told.append)
+    hidden = pool.sequence(range(9), publish=False)
+    fork = hidden.fork()
+    assert not [event for event in told if isinstance(event, BlockStored)]
+    assert not hidden.published
+    for sequence in (hidden, fork, fork):
+        sequence.publish()
+        assert sequence.published
+    (stored,) = (event for event in told if isinstance(event, BlockStored))
+    assert list(stored.blocks) == hidden.block_table[:2]
+    assert stored.block_hashes == hidden.block_hashes == fork.block_hashes

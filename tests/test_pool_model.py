@@ -27,6 +27,7 @@ from pagedcache.status import FreedError, PoolExhaustedError
 
 STEPS = int(os.environ.get("PAGEDCACHE_POOL_STEPS") or 6_000)
 STEPS_OF_ONE = 80
+PUBLISH = st.sampled_from([True] * 3 + [False])
 
 TOKENS = st.integers(0, 2)
 KEYS = st.sampled_from([b"", b"a"])
@@ -43,6 +44,7 @@ class Live:
         self.tokens = tokens
         self.epoch = epoch  # how often the pool was reset before it was made
         self.written = written  # how many tokens at its front
+        self.hidden = None  # of what others may not find, where it begins
 
     def value(self, place):
         """What is written for a token: it depends on what the model computes it from."""
@@ -71,23 +73,40 @@ class Machine(RuleBasedStateMachine):
 
     # What a user does
 
-    @rule(prompt=PROMPTS, key=KEYS)
-    def make(self, prompt, key):
-        self.begin_with(prompt, key)
+    @rule(prompt=PROMPTS, key=KEYS, publish=PUBLISH)
+    def make(self, prompt, key, publish):
+        self.begin_with(prompt, key, publish)
 
-    @rule(data=st.data(), tail=TAILS)
-    def make_one_like_another(self, data, tail):
+    @rule(data=st.data(), tail=TAILS, publish=PUBLISH)
+    def make_one_like_another(self, data, tail, publish):
         key, tokens = data.draw(st.sampled_from(self.past[-8:]), "like")
         front = data.draw(st.integers(max(len(tokens) - 4, 0), len(tokens)), "front")
-        self.begin_with([*tokens[:front], *tail][:20], key)
+        self.begin_with([*tokens[:front], *tail][:20], key, publish)
 
-    def begin_with(self, prompt, key):
+    @precondition(lambda self: any(live.hidden is not None for live in self.lives))
+    @rule(data=st.data())
+    def publish(self, data):
+        hidden = [live for live in self.lives if live.hidden is not None]
+        live = data.draw(st.sampled_from(hidden), "of")
+        self.write()  # of what is not hidden, reads come after writes, as in a step
+        relies = self.pool.find([*live.tokens[: live.hidden * self.size], 0], key=live.key)
+        live.sequence.publish()
+        full = len(live.tokens) // self.size
+        trusted = self.caching and self.digest is None and live.epoch == self.epoch
+        if trusted and relies == live.hidden * self.size:
+            assert self.pool.find([*live.tokens, 0], key=live.key) >= full * self.size
+        live.hidden = None
+        before = self.looks()
+        live.sequence.publish()
+        assert self.looks() == before
+
+    def begin_with(self, prompt, key, publish=True):
         before = self.looks()
         expected = self.pool.find(prompt, key=key)
         takes, free = self.pool.num_needed(prompt, key=key), self.pool.num_free
         assert self.looks() == before
         try:
-            sequence = self.pool.sequence(prompt, key=key)
+            sequence = self.pool.sequence(prompt, key=key, publish=publish)
             assert takes == free - self.pool.num_free
         except PoolExhaustedError as error:
             assert error.needed == takes > free == error.free  # noqa: PT017
@@ -104,6 +123,8 @@ class Machine(RuleBasedStateMachine):
         assert set(new).isdisjoint(self.blocks_in_use())
         self.lives.append(Live(sequence, key, list(prompt), found, self.epoch))
         self.past.append((key, self.lives[-1].tokens))
+        if not publish:
+            self.lives[-1].hidden = found // self.size
 
     @rule(data=st.data())
     def resume(self, data):
@@ -168,6 +189,7 @@ class Machine(RuleBasedStateMachine):
         assert fork.block_table == live.sequence.block_table
         self.counts["forks"] += 1
         self.lives.append(Live(fork, live.key, list(live.tokens), live.written, live.epoch))
+        self.lives[-1].hidden = live.hidden
         return self.lives[-1]
 
     @precondition(lambda self: self.lives)
@@ -283,6 +305,15 @@ class Machine(RuleBasedStateMachine):
                 for place, slot in enumerate(sequence.slots(0, live.written)):
                     if slot not in pending:
                         assert self.memory[slot] == live.value(place)
+        shown = {
+            block
+            for live in self.lives
+            for block in live.sequence.block_table[: live.hidden]  # all, if nothing is hidden
+        }
+        for live in self.lives:
+            for block in live.sequence.block_table[live.hidden or 0 :]:
+                if live.hidden is not None and block not in shown:
+                    assert pool._prefixes is None or pool._prefixes.records[block] is None
         used = self.blocks_in_use()
         assert len(used) == pool.num_used
         self.counts["peak"] = max(self.counts["peak"], len(used))

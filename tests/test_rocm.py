@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -36,17 +37,18 @@ class Hip(Runtime):
         self.mode = 2  # what CUDA asks for, and HIP does not need
         self.compiler, self.folder = compiler, folder
         self.functions, self.launched = [], []
+        self.numbers = itertools.count()
 
     def RawModule(self, *, code, options, name_expressions):  # noqa: N802
         prelude = source.read("hip.cuh")
         assert code.startswith(prelude)
         assert "-ffp-contract=off" in options
-        file = self.folder / "kernel.cuh"
+        file = self.folder / f"kernel{next(self.numbers)}.cuh"
         file.write_text(code.removeprefix(prelude))
 
         def function(expression):
-            number = name_expressions.index(expression)
-            self.functions.append(self.compiler.function(file, name_expressions, number))
+            assert expression in name_expressions
+            self.functions.append(self.compiler.function(file, expression))
             return SimpleNamespace(kernel=SimpleNamespace(ptr=len(self.functions) - 1))
 
         return SimpleNamespace(get_function=function)
@@ -154,7 +156,10 @@ def installed(monkeypatch):
 
 def test_why_it_is_not_usable(installed, monkeypatch):
     for names, words in (
-        (("cupy-cuda12x",), r"for ROCm .install ROCm 7, and .*rocm7.: cupy-cuda12x is for CUDA"),
+        (
+            ("cupy-cuda12x",),
+            r"for ROCm .install ROCm 7, and .*rocm7; .*help wanted.: cupy-cuda12x is for CUDA",
+        ),
         ((), "needs a CuPy for ROCm .*: import of cupy halted"),
         (("cupy-rocm-7-0", "cupy-cuda13x"), "needs exactly one CuPy"),
     ):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -240,3 +240,12 @@ def memory_on(device: Any, default: Callable[[str | None], str]) -> Memory:
     import cupy
 
     return CupyMemory(cupy, int(name.partition(":")[2]))
+
+
+def memory_like(arrays: Iterable[Any], device: str) -> Memory:
+    """Return where new arrays go that may have the dtypes of others, which are on a device."""
+    torch = sys.modules.get("torch")
+    for array in arrays:
+        if torch is not None and isinstance(array, torch.Tensor):
+            return TorchMemory(torch, array.device)
+    return memory_on(device, lambda name: name or device)

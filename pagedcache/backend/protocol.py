@@ -102,6 +102,9 @@ class Device(Protocol):
     def current_stream(self) -> int:
         """Return the handle of the stream to use if the caller gives none."""
 
+    def side_stream(self) -> int:
+        """Return the handle of a stream of our own, which waits for no other."""
+
     def stream(self, stream: Any) -> int:
         """Return the handle of a stream.
 

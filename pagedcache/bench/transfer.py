@@ -113,10 +113,10 @@ def _measure(agent: Agent, memory: Any, pipe: Any) -> dict[str, float]:
     first = np.zeros(1, np.int32)
     buffer = [
         side
-        for whose, place in ((MINE, memory.ctypes.data), (peer.id, address))
+        for whose, place in ((MINE, memory.ctypes.data), (peer._id, address))
         for side in (_whole(peer, whose, place), first)
     ]
-    same = agent.blocks_here, here.astype(np.int32), peer.blocks_there, theirs.astype(np.int32)
+    same = agent._blocks_here, here.astype(np.int32), peer._blocks_there, theirs.astype(np.int32)
     with socket.create_connection(("127.0.0.1", port), LIMIT) as connection:
         ways: dict[str, Callable[[], None]] = {
             WRITE: _nixl("WRITE", peer, *buffer),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -32,10 +31,10 @@ from pagedcache.pool.sequence import Sequence
 from pagedcache.pool.statistics import PoolStatistics
 from pagedcache.pool.tokens import TOKEN_BYTES, as_tokens
 from pagedcache.status import (
-    BadParamError,
     BadParamTypeError,
     NotSupportedError,
     PoolExhaustedError,
+    as_int,
     shown,
 )
 
@@ -55,7 +54,8 @@ class BlockPool:
 
     A block can be found from the moment it is full, before its K and V are written. So writes must
     come before reads: on one stream, queue the write of one sequence before whatever reads for the
-    next; or, in a step of several sequences, do all writes of a layer before all reads of it.
+    next; or, in a step of several sequences, do all writes of a layer before all reads of it. Where
+    they cannot, make the sequence with ``publish=False``, and call `Sequence.publish` later.
 
     Freed blocks that can be found are kept until their room is needed, and the least recently used
     goes first; of one sequence, the last block goes first. Before them, blocks that cannot be found
@@ -88,8 +88,8 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
-        self._num_blocks = _positive("num_blocks", num_blocks, _MOST_BLOCKS)
-        self._block_size = _positive("block_size", block_size, _MOST_SLOTS // self._num_blocks)
+        self._num_blocks = as_int("num_blocks", num_blocks, 1, _MOST_BLOCKS)
+        self._block_size = as_int("block_size", block_size, 1, _MOST_SLOTS // self._num_blocks)
         if not isinstance(prefix_caching, bool):
             raise BadParamTypeError("prefix_caching", "must be a bool", shown(prefix_caching))
         self._prefixes = (
@@ -151,7 +151,7 @@ class BlockPool:
         """The sequences that are not freed, in the order they were made."""
         return tuple(self._sequences.values())
 
-    def sequence(self, token_ids: Any = (), *, key: bytes = b"") -> Sequence:
+    def sequence(self, token_ids: Any = (), *, key: bytes = b"", publish: bool = True) -> Sequence:
         """Return a new sequence with these tokens, which has blocks for all of them.
 
         The first ``num_cached_tokens`` are in the cache already. Compute the K and V of the others,
@@ -164,19 +164,22 @@ class BlockPool:
         key : bytes
             What the K and V depend on beside the tokens, such as a LoRA, an image or a tenant. Only
             sequences with the same key share blocks.
+        publish : bool
+            Whether others find its full blocks from now on. If not, they do once
+            `Sequence.publish` is called, for example when their K and V have been written.
 
         Raises
         ------
         PoolExhaustedError
             There are too few free blocks. Nothing was changed.
         """
-        sequence = self._make("token_ids", token_ids, key, to_compute=1)
+        sequence = self._make("token_ids", token_ids, key, to_compute=1, publish=publish)
         self._num_made += 1
         self._prompt_tokens += sequence.num_tokens
         self._found_tokens += sequence.num_cached_tokens
         return sequence
 
-    def resume(self, token_ids: Any, *, key: bytes = b"") -> Sequence:
+    def resume(self, token_ids: Any, *, key: bytes = b"", publish: bool = True) -> Sequence:
         """Return a sequence for tokens whose K and V were computed before and are elsewhere.
 
         As `sequence`, but no token has to be left to compute, and it is not counted as a prompt.
@@ -184,18 +187,22 @@ class BlockPool:
 
         Parameters
         ----------
-        token_ids, key
-            See `sequence`.
+        token_ids, key, publish
+            See `sequence`. Without all K and V at hand, do not publish it yet.
 
         Raises
         ------
         PoolExhaustedError
             There are too few free blocks. Nothing was changed.
         """
-        return self._make("the tokens to resume", token_ids, key, to_compute=0)
+        return self._make("the tokens to resume", token_ids, key, to_compute=0, publish=publish)
 
-    def _make(self, subject: str, token_ids: Any, key: bytes, to_compute: int) -> Sequence:
+    def _make(
+        self, subject: str, token_ids: Any, key: bytes, to_compute: int, *, publish: bool = True
+    ) -> Sequence:
         _check_key(key)
+        if not isinstance(publish, bool):
+            raise BadParamTypeError("publish", "must be a bool", shown(publish))
         tokens = as_tokens(token_ids)
         num_tokens, size, prefixes = len(tokens), self._block_size, self._prefixes
         found: list[int] = []
@@ -217,7 +224,7 @@ class BlockPool:
                 subject, needed + held_by_none, free + held_by_none, self._num_blocks
             )
         records: list[Record] = []
-        if prefixes is not None and link is not None:
+        if publish and prefixes is not None and link is not None:
             records = prefixes.chain(content, len(found), num_tokens // size, link, digest)
 
         for block in revived:
@@ -226,7 +233,11 @@ class BlockPool:
         taken = self._take(needed)
         sequence = Sequence(self, self._next_number(), tokens, found + taken, key)
         sequence.num_cached_tokens = len(found) * size
-        sequence._epoch, sequence._link, sequence._digest = self._epoch, link, digest
+        sequence._epoch, sequence._digest = self._epoch, digest
+        if publish:
+            sequence._link = link
+        elif link is not None:
+            sequence._hidden = link, digest, len(found)
         self._sequences[sequence.number] = sequence
         if self._news is not None:
             number = sequence.number
@@ -401,6 +412,20 @@ class BlockPool:
             self._publish(sequence, first, records)
         self._tell()
 
+    def _show(self, sequence: Sequence) -> None:
+        """Make the full blocks of a sequence that was not published findable."""
+        if sequence._hidden is None or self._prefixes is None:
+            return
+        link, digest, first = sequence._hidden
+        sequence._hidden, sequence._link, sequence._digest = None, link, digest
+        if not self._may_publish(sequence):
+            return
+        size, last = self._block_size, len(sequence._tokens) // self._block_size
+        content = content_of(sequence._tokens[first * size : last * size])
+        records = self._prefixes.chain(content, 0, last - first, link, digest)
+        self._publish(sequence, first, records)
+        self._tell()
+
     def _copy_last(self, sequence: Sequence, target: int) -> None:
         """Replace the shared last block of a sequence with one of its own."""
         table = sequence.block_table
@@ -422,6 +447,7 @@ class BlockPool:
         fork = Sequence(self, self._next_number(), sequence._tokens[:], table[:], sequence.key)
         fork.num_cached_tokens = fork.num_tokens
         fork._epoch, fork._link, fork._digest = sequence._epoch, sequence._link, sequence._digest
+        fork._hidden = sequence._hidden
         self._sequences[fork.number] = fork
         self._num_forks += 1
         if self._news is not None:
@@ -580,6 +606,10 @@ class BlockPool:
         assert prefixes is not None
         last = first + len(records)
         blocks = sequence.block_table[first:last]
+        # A fork of a hidden sequence may have published them.
+        known = set()
+        if self._news is not None:
+            known = {b for b, r in zip(blocks, records, strict=True) if prefixes.records[b] is r}
         replaced = prefixes.publish(blocks, records)
         for block, _ in replaced:
             if block in self._idle:
@@ -591,7 +621,9 @@ class BlockPool:
         gone = {block: digest for block, digest in replaced if block not in blocks}
         self._tell_removed(gone, "replaced")
         found = prefixes.records
-        stored = {b: r for b, r in zip(blocks, records, strict=True) if found[b] is r}  # no twins
+        stored = {  # no twins
+            b: r for b, r in zip(blocks, records, strict=True) if found[b] is r and b not in known
+        }
         if stored:
             size = self._block_size
             start = first * size + blocks.index(next(iter(stored))) * size
@@ -719,16 +751,6 @@ def _tell_one(function: Callable[[Event], object], event: Event) -> None:
     except Exception:
         # The change was made, and the caller needs what the call returns.
         _log.exception("a subscriber of a BlockPool failed at %s", type(event).__name__)
-
-
-def _positive(name: str, value: Any, most: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise BadParamTypeError(name, "must be an int", shown(value)) from None
-    if not 1 <= number <= most:
-        raise BadParamError(name, f"must be from 1 to {most}", shown(number))
-    return number
 
 
 def _check_key(key: object) -> None:

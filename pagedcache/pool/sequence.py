@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-import operator
 from array import array
 from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pagedcache.pool.tokens import as_token, as_tokens
-from pagedcache.status import BadParamError, BadParamTypeError, FreedError, NotSupportedError, shown
+from pagedcache.status import FreedError, NotSupportedError, as_int
 
 if TYPE_CHECKING:
     from pagedcache.pool.blocks import BlockPool
     from pagedcache.pool.prefixes import Link
+
+
+_TOKENS = "the number of tokens, "  # for messages
 
 
 class Sequence:
@@ -44,6 +46,7 @@ class Sequence:
     __slots__ = (
         "_digest",
         "_epoch",
+        "_hidden",
         "_link",
         "_room",
         "_shared",
@@ -71,6 +74,8 @@ class Sequence:
         self._epoch = 0
         self._link: Link | None = None  # of its last full block, if blocks after it can be found
         self._digest = b""
+        # Until it is published: the link, the digest, and how many blocks were found.
+        self._hidden: tuple[Link, bytes, int] | None = None
         self._find_room()
 
     def _find_room(self) -> None:
@@ -83,6 +88,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """How many tokens it has."""
         return len(self._tokens)
+
+    @property
+    def published(self) -> bool:
+        """Whether others may find its full blocks: see `publish`."""
+        return self._hidden is None
 
     @property
     def token_ids(self) -> array[int]:
@@ -145,7 +155,7 @@ class Sequence:
     def slots(self, start: int = 0, stop: int | None = None) -> array[int]:
         """Return the slots of tokens `start` to `stop`, or to the last one.
 
-        Token `t` is in slot ``block_table[t // block_size] * block_size + t % block_size``.
+        Token ``t`` is in slot ``block_table[t // block_size] * block_size + t % block_size``.
 
         Returns
         -------
@@ -153,8 +163,8 @@ class Sequence:
             It has the buffer protocol, so NumPy takes it without a copy.
         """
         size, num_tokens = self.pool.block_size, len(self._tokens)
-        start = _place("start", start, 0, num_tokens)
-        stop = num_tokens if stop is None else _place("stop", stop, start, num_tokens)
+        start = as_int("start", start, 0, num_tokens, _TOKENS)
+        stop = num_tokens if stop is None else as_int("stop", stop, start, num_tokens, _TOKENS)
         first = start // size
         if stop <= (first + 1) * size:  # in one block
             if start == stop:
@@ -175,6 +185,14 @@ class Sequence:
         """
         return self.pool._fork(self)
 
+    def publish(self) -> None:
+        """Let others find the full blocks, also those that `append` will fill.
+
+        For a sequence that was made with ``publish=False``; to others it does nothing. Nor does it
+        after a reset of the pool, or if what it has found was forgotten: nobody finds it then.
+        """
+        self.pool._show(self)
+
     def free(self, *, num_written: int | None = None) -> None:
         """Give the blocks back. The sequence cannot be used afterwards.
 
@@ -191,13 +209,13 @@ class Sequence:
         """
         pool = self.pool
         if num_written is not None:
-            num_written = _place("num_written", num_written, 0, len(self._tokens))
+            num_written = as_int("num_written", num_written, 0, len(self._tokens), _TOKENS)
         try:
             pool._free_sequence(self, num_written)
         finally:  # a subscriber may be interrupted
             self.freed = True
             self._room = 0
-            del self.block_table, self._tokens, self.pool, self._shared, self._link
+            del self.block_table, self._tokens, self.pool, self._shared, self._link, self._hidden
             self.__class__ = _FreedSequence
 
     def __enter__(self) -> Sequence:
@@ -247,14 +265,3 @@ class _FreedSequence(Sequence):
                     "was freed and cannot be used any more; make a new one with BlockPool.sequence",
                 )
             raise AttributeError(f"'Sequence' object has no attribute {name!r}")
-
-
-def _place(name: str, value: Any, lowest: int, num_tokens: int) -> int:
-    try:
-        place = operator.index(value)
-    except TypeError:
-        raise BadParamTypeError(name, "must be an int", shown(value)) from None
-    if not lowest <= place <= num_tokens:
-        rule = f"must be from {lowest} to the number of tokens, {num_tokens}"
-        raise BadParamError(name, rule, shown(place))
-    return place

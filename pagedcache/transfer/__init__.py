@@ -3,16 +3,20 @@
 
 - `errors`: what can go wrong on the way
 - `card`: what one side must know of the other, as bytes
-- `agent`: `Agent`, which other sides connect to; `Peer`, one of them; `Job`, blocks on their way
+- `board`: words by which one side lets others use its memory
+- `jobs`: `Job`, blocks on their way
+- `packing`: blocks in short runs, which both sides pack and unpack
+- `agent`: `Agent`, which other sides connect to, and `Peer`, one of them
 - `handover`: whole sequences, without the blocks that the other side has
 
 NIXL is imported when an agent is made. Without PyTorch, install it with ``pip install --no-deps
-nixl nixl-cu12``. The guide is ``docs/two_hosts.md``.
+nixl nixl-cu12``. The guide is ``docs/howto/two_hosts.md``.
 """
 
-from pagedcache.transfer.agent import Agent, Job, Peer
+from pagedcache.transfer.agent import Agent, Peer
 from pagedcache.transfer.errors import TransferError, TransferTimeoutError
 from pagedcache.transfer.handover import Arrival, Offer, accept, offer, receive
+from pagedcache.transfer.jobs import Job
 
 __all__ = [
     "Agent",

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agents, which blocks are sent from and to, and jobs, which are blocks on their way."""
+"""Agents, which blocks are sent from and to, and their view of each other."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +32,34 @@ from pagedcache.status import (
     MissingLibraryError,
     shown,
 )
-from pagedcache.transfer.card import describe, difference, pack, read_memory, unpack
-from pagedcache.transfer.errors import TransferError, wait_for
+from pagedcache.transfer import card as cards
+from pagedcache.transfer.board import PLACES, Board
+from pagedcache.transfer.errors import TransferError
+from pagedcache.transfer.jobs import Flight, Job, Steps
+from pagedcache.transfer.packing import (
+    Patience,
+    Push,
+    Staging,
+    Want,
+    gone,
+    message_of,
+    read_message,
+)
 
 if TYPE_CHECKING:
+    from pagedcache.pool import Sequence
     from pagedcache.tensors import Array
     from pagedcache.transfer.handover import Arrival, Offer
 
-OFFERS = 1024  # that an agent may have at a time
+EAGER = 1e-3  # seconds that `send` may wait for the other side's leave before it returns
 OLDEST = (1, 5)  # the first NIXL that takes strided lists of blocks
+MOST_UNREAD = 1024  # messages of a side that is not connected yet
 MINE = "NIXL_INIT_AGENT"  # NIXL's word for the memory of this side
+
+_log = logging.getLogger(__name__)
+
+
+_agents: weakref.WeakSet[Agent] = weakref.WeakSet()
 
 
 class Agent:
@@ -54,10 +75,16 @@ class Agent:
     caches : KVCache or list of array
         Arrays with blocks on their first axis, as many in each, all on the CPU or on one GPU, of
         any library. A block is a block of all of them. Blocks should be contiguous, since each
-        contiguous run of a block is sent by itself; runs of less than 1,024 bytes are refused.
+        contiguous run of a block is sent by itself. Where blocks of an array are not, and have runs
+        of less than 1,024 bytes, they are packed first, and both sides must work: see `progress`.
     label : str, optional
         What must be the same on both sides and cannot be seen from shapes and dtypes, such as the
         model, or the layout of arrays with as many heads as slots.
+    pack : bool
+        Whether to pack blocks that are contiguous, too, on both sides. Between two H200, blocks of
+        32 KiB arrived five to eight times as fast, and those of 2 MiB a quarter to an eighth as
+        fast (``notes/performance.md``). It takes up to 32 MiB of memory on the device for each
+        direction, or a block if that is larger.
 
     Attributes
     ----------
@@ -66,6 +93,8 @@ class Agent:
     num_blocks : int
     block_bytes : int
         Bytes that are sent for a block.
+    packs : bool
+        Whether blocks are packed before they are sent.
     closed : bool
 
     Raises
@@ -100,21 +129,23 @@ class Agent:
     [7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]
     """
 
-    def __init__(self, name: str, caches: Any, *, label: str = "") -> None:
+    def __init__(self, name: str, caches: Any, *, label: str = "", pack: bool = False) -> None:
         for subject, text in (("name", name), ("label", label)):
             if not isinstance(text, str):
                 raise BadParamTypeError(subject, "must be a string", shown(text))
+        if not isinstance(pack, bool):
+            raise BadParamTypeError("pack", "must be a bool", shown(pack))
         self.name = name
         self.cache = caches if isinstance(caches, KVCache) else None
         arrays = [caches.blocks] if self.cache is not None else caches
-        self._memory, facts = read_memory(arrays)
+        self._memory, facts = cards.read_memory(arrays, pack=pack)
         self._arrays = list(arrays)
         kind = "a list of arrays" if self.cache is None else "a KVCache"
-        inside = {} if self.cache is None else describe(self.cache)
+        inside = {} if self.cache is None else cards.describe(self.cache)
         # Words that the user knows come first, since the first difference is what is named.
         self._facts = {"what it is made of": kind, "label": label, **inside, **facts}
         self.num_blocks = self._memory.num_blocks
-        self.block_bytes = sum(size for _, size, _ in self._memory.rows)
+        self.block_bytes = self._memory.block_bytes
         self.closed = False
         self._process = os.getpid()
         self._device = Handle(self._memory.device).opened()
@@ -123,37 +154,59 @@ class Agent:
             library.current_stream("caches[0]", arrays[0], self._memory.gpu)
             or self._device.current_stream
         )
+        self.packs = self._memory.packs
+        self._pause = 1e-5 if self.packs else 1e-3  # seconds; where both sides work, both wait
+        self._stream = self._device.side_stream()  # blocks are packed and unpacked on it
         self._peers: dict[str, Peer] = {}
         self._jobs: set[Job] = set()
+        self._flights: set[Flight] = set()
+        self._serving: list[Steps] = []  # what others have asked for
+        self._numbers = itertools.count()
+        self._numbered: dict[int, Push | Want] = {}
+        self._unread: dict[str, list[bytes]] = {}  # messages of those that are not connected yet
         self._given_up: set[Arrival] = set()
-        self.offers: dict[bytes, Offer] = {}  # open ones, by the message that says "taken"
-        # Others read offers in the first row, and this side reads those of others into the second:
-        # see `handover`.
-        self.board = np.zeros((2, OFFERS), np.uint64)
-        self.free_offers, self.free_words = [*range(OFFERS)], [*range(OFFERS)]
+        self._open_offers: dict[bytes, Offer] = {}  # open ones, by the message that says "taken"
+        # Messages of offers, by who sent them and by the word of their grant.
+        self._inbox: dict[str, dict[bytes, bytes]] = {}
+        self._board = Board()
+        self._open = self._board.grant()  # for all blocks, until this is closed
         nixl = _load()
+        self._staging = Staging(self._arrays, self._memory.device) if self.packs else None
         # NIXL knows sides by name, so a process that is started again must have another one.
-        self.id = f"{name}-{uuid.uuid4().hex}"
+        self._id = f"{name}-{uuid.uuid4().hex}"
+        rows, pieces, ranges = self._memory.rows, self.num_blocks, self._memory.ranges
+        there = rows
+        if self._staging is not None:
+            size, pieces, ranges = (
+                self._staging.block_bytes,
+                self._staging.count,
+                self._staging.ranges,
+            )
+            rows, there = [(self._staging.coming, size, size)], [(self._staging.going, size, size)]
+        where = self._memory.kind, self._memory.gpu
+        words = self._board.words
         try:
-            self._nixl: Any = nixl.nixl_agent(self.id, nixl.nixl_agent_config(backends=["UCX"]))
-            self._register(self._memory.kind, self._memory.gpu, self._memory.ranges)
-            self._register("DRAM", 0, [(self.board.ctypes.data, self.board.nbytes)])
+            self._nixl: Any = nixl.nixl_agent(self._id, nixl.nixl_agent_config(backends=["UCX"]))
+            self._register(*where, ranges)
+            self._register("DRAM", 0, [(words.ctypes.data, words.nbytes)])
+            self._blocks_here = self._prepare(MINE, *where, rows, pieces)
+            row = (words[1].ctypes.data, 8, 8)
+            self._words_here = self._prepare(MINE, "DRAM", 0, [row], PLACES)
         except Exception as error:
             rule = f"could not start NIXL, or let it use the memory of caches: {shown(error, str)}"
             raise TransferError(f"agent {name!r}", rule, "agent") from error
-        self.blocks_here = self._prepare(
-            MINE, self._memory.kind, self._memory.gpu, self._memory.rows, self.num_blocks
-        )
-        row = (self.board[1].ctypes.data, 8, 8)
-        self.words_here = self._prepare(MINE, "DRAM", 0, [row], OFFERS)
+        self._pieces = pieces
+        _agents.add(self)
         header = {
-            "id": self.id,
+            "id": self._id,
             "name": name,
             "facts": self._facts,
-            "memory": self._memory._asdict(),
-            "board": self.board.ctypes.data,
+            "num_blocks": self.num_blocks,
+            "memory": [*where, there, pieces],
+            "board": words.ctypes.data,
+            "open": self._open,
         }
-        self._card = pack("card", header, self._nixl.get_agent_metadata())
+        self._card = cards.to_bytes("card", header, self._nixl.get_agent_metadata())
 
     def _register(self, kind: str, index: int, ranges: list[tuple[int, int]]) -> None:
         rows = np.array([(begin, size, index) for begin, size in ranges], np.uint64)
@@ -196,47 +249,89 @@ class Agent:
             between them.
         """
         self._alive()
-        header, metadata = unpack("card", "card", card, "Agent.card")
-        if header["id"] == self.id:
+        header, metadata = cards.from_bytes("card", "card", card, "Agent.card")
+        if header["id"] == self._id:
             rule = "must be that of another agent; within a cache, use pagedcache.copy_blocks"
             raise BadParamError("card", rule, f"the card of agent {self.name!r} itself")
-        if wrong := difference(self._facts, header["facts"]):
+        if wrong := cards.difference(self._facts, header["facts"]):
             raise wrong
         found = self._peers.get(header["id"])
         if found is None:
             try:
                 self._nixl.add_remote_agent(metadata)
+                found = self._peers[header["id"]] = Peer(self, header)
             except Exception as error:
                 rule = "must be a card that NIXL can read; use the same NIXL on both sides"
                 raise BadParamError("card", rule, shown(error, str)) from error
-            found = self._peers[header["id"]] = Peer(self, header)
+            for message in self._unread.pop(header["id"], []):
+                self._read(found._id, message)
         return found
+
+    def progress(self) -> None:
+        """Do what the other sides ask of this one, as far as it can be done without waiting.
+
+        Only where blocks are packed (`packs`): then neither `send` nor `fetch` of another side goes
+        on unless this side calls this repeatedly, or waits for a job, an offer or an arrival of its
+        own, which calls it too. All jobs of this side go on as well.
+
+        It packs and unpacks on a stream of its own, which waits for no other: as with blocks that
+        are not packed, see that nothing uses those that others read or write.
+        """
+        self._read_messages()
+        self._advance()
+        for job in list(self._jobs):
+            job._step()
+        for steps in list(self._serving):
+            try:
+                next(steps)
+                continue
+            except StopIteration:
+                pass
+            except TransferError as error:
+                _log.debug("agent %r gave up what another side had asked for: %s", self.name, error)
+            except Exception:
+                _log.exception("agent %r could not do what another side had asked for", self.name)
+            except BaseException:
+                self._serving.remove(steps)
+                raise
+            self._serving.remove(steps)
 
     def close(self) -> None:
         """End all transfers, withdraw all offers, and let the arrays go.
 
-        What others send over a network does not arrive any more, and they get an error. A process
-        on this host may copy by itself (CMA) until it has noticed, a moment later, so let the other
-        sides finish before, and do not use the memory for something else until they know. Closing
-        twice is allowed.
+        What others send from then on does not arrive, and they get an error: before each transfer
+        they read a word of this side, which is cleared first. What a process on this host was
+        copying by itself at that moment (CMA) still arrives, so let the other sides finish before.
+        Closing twice is allowed.
         """
         if self.closed:
             return
-        self.closed = True
         if self._process != os.getpid():  # NIXL's threads are not in a forked process
+            self.closed = True
             return
-        for offer in list(self.offers.values()):
-            offer.withdraw()
-        for job in list(self._jobs):
-            rule = "was closed before its transfers were done"
-            job._fail(TransferError(f"agent {self.name!r}", rule, "agent"))
-        for peer in self._peers.values():
-            peer.blocks_there = peer.words_there = None
-        # NIXL stops, and lets the memory go, when nothing refers to it any more: this and handles.
-        self._nixl.agent = None
-        self.blocks_here = self.words_here = self._nixl = None
-        self._advance()
-        self._arrays = []
+        try:
+            self._board.words[0, self._open.place] = 0
+            for offer in list(self._open_offers.values()):
+                offer.withdraw()
+            self.closed = True
+            for job in list(self._jobs):
+                rule = "was closed before its transfers were done"
+                job._fail(TransferError(f"agent {self.name!r}", rule, "agent"))
+            self._serving.clear()
+            if self.packs:
+                self._wait_for(self._stream)
+        finally:
+            self.closed = True
+            for flight in self._flights:
+                flight.handle = None
+            self._flights.clear()
+            for peer in self._peers.values():
+                peer._blocks_there = peer._words_there = None
+            # NIXL stops, and lets the memory go, when nothing refers to it: this and handles.
+            self._nixl.agent = None
+            self._blocks_here = self._words_here = self._nixl = None
+            self._advance()
+            self._arrays, self._staging = [], None
 
     def __enter__(self) -> Agent:
         self._alive()
@@ -269,12 +364,14 @@ class Agent:
             raise DestroyedError(f"agent {self.name!r}", rule)
         return self._nixl
 
-    def _wait_for_stream(self, stream: Any) -> None:
-        """Wait for what was queued before: NIXL is not ordered with streams."""
+    def _wait_for_writes(self, stream: Any) -> None:
+        """Wait for what was queued before: neither NIXL nor packing is ordered with streams."""
         if self.cache is not None:
             self.cache.apply_copies(stream=stream)
-        handle = self._current_stream() if stream is None else self._device.stream(stream)
-        done = self._device.mark(handle)
+        self._wait_for(self._current_stream() if stream is None else self._device.stream(stream))
+
+    def _wait_for(self, stream: int) -> None:
+        done = self._device.mark(stream)
         while not done():
             time.sleep(2e-5)
 
@@ -284,11 +381,42 @@ class Agent:
             arrival._let_go()
 
     def _read_messages(self) -> None:
-        """Note which offers were taken."""
-        for messages in self._alive().get_new_notifs().values():
+        for sender, messages in self._alive().get_new_notifs().items():
             for message in messages:
-                if found := self.offers.get(message):
-                    found._take()
+                self._read(sender, message)
+
+    def _read(self, sender: str, message: bytes) -> None:
+        """Do what a message asks, or note what it says."""
+        kind, _, number = message.rpartition(b" ")
+        if kind == b"pagedcache taken":
+            if found := self._open_offers.get(message):  # else it was withdrawn
+                found._take()
+        elif kind == b"pagedcache withdrawn":
+            self._inbox.get(sender, {}).pop(number, None)
+        elif message.startswith(b"pagedcache offer "):
+            try:
+                word = cards.from_bytes("offer", "message", message, "Offer.message")[0]["grant"][1]
+            except Exception:
+                _log.exception("agent %r cannot read an offer of %r", self.name, sender)
+            else:
+                self._inbox.setdefault(sender, {})[b"%d" % word] = message
+        elif self.packs and message.startswith(b"pagedcache "):
+            peer = self._peers.get(sender)
+            if peer is None:
+                unread = self._unread.setdefault(sender, [])
+                if len(unread) < MOST_UNREAD:
+                    unread.append(message)
+                return
+            try:
+                read_message(self, peer, message)
+            except Exception:
+                _log.exception("agent %r cannot read a message of %r", self.name, sender)
+
+    def _number(self, what: Push | Want) -> int:
+        """Return a number by which the other side can refer to something."""
+        number = next(self._numbers)
+        self._numbered[number] = what
+        return number
 
 
 class Peer:
@@ -305,13 +433,15 @@ class Peer:
     """
 
     def __init__(self, agent: Agent, header: dict[str, Any]) -> None:
-        self.agent, self.name, self.id = agent, str(header["name"]), str(header["id"])
-        memory = header["memory"]
-        self.num_blocks = int(memory["num_blocks"])
-        self._runs = len(memory["rows"])
-        place = memory["kind"], memory["gpu"]
-        self.blocks_there = agent._prepare(self.id, *place, memory["rows"], self.num_blocks)
-        self.words_there = agent._prepare(self.id, "DRAM", 0, [(header["board"], 8, 8)], OFFERS)
+        self.agent, self.name, self._id = agent, str(header["name"]), str(header["id"])
+        self.num_blocks = int(header["num_blocks"])
+        kind, gpu, rows, pieces = header["memory"]
+        self._runs, self._pieces, self._open = len(rows), int(pieces), header["open"]
+        self._patience = Patience(self)
+        self._looking: Steps | None = None
+        self._blocks_there = agent._prepare(self._id, kind, gpu, rows, pieces)
+        row = (header["board"], 8, 8)
+        self._words_there = agent._prepare(self._id, "DRAM", 0, [row], PLACES)
 
     def send(self, mine: Any, theirs: Any, *, stream: Any = None) -> Job:
         """Write blocks of this side to blocks of the other side.
@@ -323,8 +453,8 @@ class Peer:
             twice in `theirs`.
         stream : optional
             The stream of the writes that come before; see `Descriptor.calculate`. The call waits
-            for all that is queued on it, or on the current stream, since NIXL has no streams. A
-            `KVCache` makes the copies that forks need before that.
+            for all that is queued on it, or on the current stream, since neither NIXL nor packing
+            is ordered with it. A `KVCache` makes the copies that forks need before that.
 
         Returns
         -------
@@ -340,8 +470,9 @@ class Peer:
         Notes
         -----
         Do not write to these blocks until the job is done, and see that nobody uses those of the
-        other side. Tell it in a way of your own, or use `pagedcache.transfer.offer`, which does.
-        Between processes of one host, the copy may be made by this call, which then takes as long.
+        other side. Tell it in a way of your own, or use `hand_over`, which does. Between processes
+        of one host, the copy may be made by this call, which then takes as long. If the other side
+        is slow to answer, the copy begins when the job is next looked at.
         """
         return self._start("WRITE", mine, theirs, stream)
 
@@ -375,10 +506,43 @@ class Peer:
         """
         return self._start("READ", mine, theirs, stream)
 
+    def hand_over(
+        self, sequence: Sequence, *, num_written: int | None = None, stream: Any = None
+    ) -> Offer:
+        """Offer a sequence to the other side, and tell it, for `pagedcache.transfer.accept`.
+
+        The other side must be connected to this one. See `KVCache.send`, which is the same.
+
+        Parameters
+        ----------
+        sequence, num_written, stream
+            See `pagedcache.transfer.offer`.
+
+        Returns
+        -------
+        Offer
+
+        Raises
+        ------
+        TransferError
+            The other side is gone.
+        """
+        from pagedcache.transfer.handover import offer
+
+        made = offer(self.agent, sequence, num_written=num_written, stream=stream, peer=self)
+        try:
+            self._send_message(made.message)
+        except BaseException:
+            made.withdraw()
+            raise
+        return made
+
+    # What jobs are made of
+
     def _start(self, operation: str, mine: Any, theirs: Any, stream: Any) -> Job:
         agent = self.agent
         agent._alive()
-        agent._advance()
+        agent.progress()
         here = _blocks("mine", mine, agent.num_blocks)
         there = _blocks("theirs", theirs, self.num_blocks)
         if len(here) != len(there):
@@ -386,144 +550,177 @@ class Peer:
             raise BadParamError("theirs", rule, len(there))
         name, targets = ("theirs", there) if operation == "WRITE" else ("mine", here)
         _check_once(name, targets)
-        agent._wait_for_stream(stream)
-        handle = self._post(operation, here, there) if len(here) else None
-        return Job(self, handle, len(here), agent.block_bytes * len(here))
+        agent._wait_for_writes(stream)
+        steps = self._send if operation == "WRITE" else self._fetch
+        job = self._job(steps(here, there) if len(here) else _nothing(), len(here))
+        job._step()
+        if job.error is not None:
+            raise job.error
+        return job
 
-    def fetch_word(self, offer: int, place: int) -> Job:
-        """Read what the other side says of an offer now into a place of the board."""
-        handle = self._post("READ", np.array([place]), np.array([offer]), of_board=True)
-        return Job(self, handle, 0, 8)
+    def _job(self, steps: Steps, num_blocks: int) -> Job:
+        return Job(self, steps, num_blocks, self.agent.block_bytes * num_blocks)
 
-    def _post(self, operation: str, here: Array, there: Array, *, of_board: bool = False) -> Any:
-        """Start a transfer, and return NIXL's handle of it."""
-        # What is raised refers to this frame, and NIXL could not stop while it refers to NIXL.
-        handle = self._try_to_post(operation, here, there, of_board=of_board)
-        if isinstance(handle, TransferError):
-            raise handle
-        return handle
+    def _send(self, here: Array, there: Array) -> Steps:
+        if self.agent.packs:
+            yield from Push(self, here, there, None).steps()
+            return
+        yield from self._must_be_there(EAGER)
+        yield from self._move("WRITE", here, there)
 
-    def _try_to_post(self, operation: str, here: Array, there: Array, *, of_board: bool) -> Any:
+    def _fetch(self, here: Array, there: Array) -> Steps:
+        yield from self._read_blocks(here, there)
+        yield from self._must_be_there()
+
+    def _read_blocks(self, here: Array, there: Array) -> Steps:
+        if self.agent.packs:
+            yield from Want(self, here, there).steps()
+        else:
+            yield from self._move("READ", here, there)
+
+    def _must_be_there(self, patience: float = 0) -> Steps:
+        """Raise if the other side was closed."""
+        place, word = self._open
+        if not (yield from self._is_granted(place, word, patience)):
+            raise gone(self.name)
+
+    def _look(self) -> None:
+        """Ask now and then whether the other side is there.
+
+        Raises
+        ------
+        TransferError
+            It is gone.
+        """
+        self._looking = self._looking or self._patience.steps(0)
+        try:
+            next(self._looking)
+        except StopIteration:
+            self._looking = None
+        except TransferError:
+            self._looking = None
+            raise
+
+    def _is_granted(
+        self, place: int, word: int, patience: float = 0
+    ) -> Generator[None, None, bool]:
+        """Return whether the other side still has a word on its board."""
+        board = self.agent._board
+        here = board.take_place()
+        try:
+            read = np.array([here]), np.array([place])
+            yield from self._move("READ", *read, patience, of_board=True)
+        except TransferError:
+            board.give_back(here)
+            raise
+        found = int(board.words[1, here])
+        board.give_back(here)
+        return found == word
+
+    def _move(
+        self,
+        operation: str,
+        here: Array,
+        there: Array,
+        patience: float = 0,
+        *,
+        of_board: bool = False,
+    ) -> Steps:
+        """Start a transfer of NIXL, and wait for it, at first without a pause."""
+        flight = self._post(operation, here, there, of_board=of_board)
+        end = time.monotonic() + patience if patience else 0
+        while not self._landed(flight):
+            if not end or time.monotonic() > end:
+                yield
+
+    # What is raised refers to frames of these calls, and NIXL could not stop while they refer to
+    # NIXL. So what does returns errors.
+
+    def _post(self, operation: str, here: Array, there: Array, *, of_board: bool) -> Flight:
+        made = self._try_to_post(operation, here, there, of_board=of_board)
+        if isinstance(made, TransferError):
+            raise made
+        return made
+
+    def _landed(self, flight: Flight) -> bool:
+        landed = self._state(flight)
+        if isinstance(landed, TransferError):
+            raise landed
+        return landed
+
+    def _tell(self, kind: str, header: dict[str, Any], blocks: Array) -> None:
+        self._send_message(message_of(kind, header, blocks))
+
+    def _send_message(self, message: bytes) -> None:
+        if failed := self._try_to_send(message):
+            raise failed
+
+    def _try_to_post(
+        self, operation: str, here: Array, there: Array, *, of_board: bool
+    ) -> Flight | TransferError:
         agent = self.agent
+        flight: Flight | None = None
         if of_board:
-            sides = [(agent.words_here, here), (self.words_there, there)]
+            sides = [(agent._words_here, here), (self._words_there, there)]
         else:
             runs = np.arange(self._runs)[:, None]
             sides = [
-                (agent.blocks_here, runs * agent.num_blocks + here),
-                (self.blocks_there, runs * self.num_blocks + there),
+                (agent._blocks_here, runs * agent._pieces + here),
+                (self._blocks_there, runs * self._pieces + there),
             ]
         try:
             pieces = [(prepared, index.ravel().astype(np.int32)) for prepared, index in sides]
-            handle = agent._alive().make_prepped_xfer(operation, *pieces[0], *pieces[1])
-            state = agent._alive().transfer(handle)
+            flight = Flight(agent._alive().make_prepped_xfer(operation, *pieces[0], *pieces[1]))
+            agent._flights.add(flight)  # before it begins, in case this is interrupted
+            state: Any = agent._alive().transfer(flight.handle)
+        except Exception as error:
+            state = error
+        if state == "ERR" or isinstance(state, Exception):
+            if flight is not None:
+                agent._flights.discard(flight)
+                flight.handle = None
+            return self._failure(state)
+        assert flight is not None
+        return flight
+
+    def _state(self, flight: Flight) -> bool | TransferError:
+        agent = self.agent
+        try:
+            state = agent._alive().check_xfer_state(flight.handle)
+        except DestroyedError:
+            raise
+        except Exception as error:
+            state = error
+        if state not in ("DONE", "ERR") and not isinstance(state, Exception):
+            return False
+        agent._flights.discard(flight)
+        flight.handle = None  # the last reference, so NIXL frees it
+        return True if state == "DONE" else self._failure(state)
+
+    def _ended(self, flight: Flight) -> bool:
+        """Return whether a transfer that somebody left behind has ended, in whatever way."""
+        return flight.handle is None or bool(self._state(flight))
+
+    def _try_to_send(self, message: bytes) -> TransferError | None:
+        try:
+            self.agent._alive().send_notif(self._id, message)
+        except DestroyedError:
+            raise
         except Exception as error:
             return self._failure(error)
-        return self._failure(state) if state == "ERR" else handle
+        return None
 
     def _failure(self, cause: object) -> TransferError:
         name = type(cause).__name__
         if name == "nixlRemoteDisconnectError":
-            rule = (
-                "is gone: its process has ended, its agent was closed, or the network failed; "
-                "connect to the card of a new agent"
-            )
-            return TransferError(f"peer {self.name!r}", rule, "peer")
-        rule = f"failed: NIXL says {name}: {shown(cause, str)}"
+            self.agent._inbox.pop(self._id, None)
+            return gone(self.name)
+        said = f"{name}: {shown(cause, str)}" if isinstance(cause, Exception) else cause
+        rule = f"failed: NIXL says {said}"
         return TransferError(f"the transfer with peer {self.name!r}", rule)
 
     def __repr__(self) -> str:
         return f"<pagedcache.transfer.Peer {self.name!r}: {self.num_blocks} blocks>"
-
-
-class Job:
-    """Blocks on their way. `Peer.send` and `Peer.fetch` make it.
-
-    It cannot be taken back: until it is done or has failed, or its agent is closed, memory is read
-    and written, whether or not anyone waits. Its agent keeps it until then.
-
-    Attributes
-    ----------
-    peer : Peer
-    num_blocks : int
-    nbytes : int
-    error : TransferError or None
-        Why it failed, as far as is known.
-    """
-
-    def __init__(self, peer: Peer, handle: Any, num_blocks: int, nbytes: int) -> None:
-        self.peer, self.num_blocks, self.nbytes = peer, num_blocks, nbytes
-        self.error: TransferError | None = None
-        self._handle = handle
-        if handle is not None:
-            peer.agent._jobs.add(self)
-
-    @property
-    def done(self) -> bool:
-        """Whether all blocks are there. It never waits.
-
-        Raises
-        ------
-        TransferError
-            The job failed.
-        """
-        if self._handle is not None:
-            try:
-                state = self.peer.agent._alive().check_xfer_state(self._handle)
-            except DestroyedError:
-                raise
-            except Exception as error:
-                self._fail(self.peer._failure(error))
-            else:
-                if state == "ERR":
-                    self._fail(self.peer._failure(state))
-                elif state == "DONE":
-                    self._release()
-        if self.error is not None:
-            raise self.error
-        return self._handle is None
-
-    def _running(self) -> bool:
-        """Return whether memory may still be read and written."""
-        try:
-            return not self.done
-        except TransferError:
-            return False
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Return once all blocks are there.
-
-        Parameters
-        ----------
-        timeout : float, optional
-            In seconds. By default, there is none: a host that is switched off is noticed after some
-            time, and one that is only stopped never.
-
-        Raises
-        ------
-        TransferTimeoutError
-            The job is not done by then. It goes on, and keeps its blocks: do not use them. Wait
-            again, or close the agent, which ends it on this side. What `send` has sent may still
-            arrive after that.
-        TransferError
-            The job failed; ``error.side`` says on which side. What is in the targets is not known.
-        """
-        wait_for(lambda: self.done, timeout, repr(self))
-
-    def _fail(self, error: TransferError) -> None:
-        self.error = error
-        self._release()
-
-    def _release(self) -> None:
-        self._handle = None  # the last reference, so NIXL frees it
-        self.peer.agent._jobs.discard(self)
-
-    def __repr__(self) -> str:
-        state = "going on" if self._handle is not None else "failed" if self.error else "done"
-        return (
-            f"<Job with peer {self.peer.name!r}: {self.num_blocks} blocks, {self.nbytes} bytes, "
-            f"{state}>"
-        )
 
 
 def _blocks(name: str, blocks: Any, count: int) -> Array:
@@ -542,6 +739,25 @@ def _check_once(name: str, blocks: Array) -> None:
     if len(found) != len(blocks):
         rule = "must not have one block twice, since either could be what ends up there"
         raise DuplicateBlockError(name, rule, f"block {int(found[times > 1][0])}")
+
+
+def _nothing() -> Steps:
+    yield from ()
+
+
+def _keep_for_ever() -> None:
+    """Let NIXL's objects outlive a forked process: what ends them there would disturb this one."""
+    for agent in _agents:
+        kept = [agent._nixl, getattr(agent._nixl, "agent", None)]
+        kept += [agent._blocks_here, agent._words_here]
+        kept += [flight.handle for flight in agent._flights]
+        for peer in agent._peers.values():
+            kept += [peer._blocks_there, peer._words_there]
+        for each in kept:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
+os.register_at_fork(after_in_child=_keep_for_ever)
 
 
 def _load() -> Any:

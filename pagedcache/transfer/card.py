@@ -27,9 +27,9 @@ from pagedcache.tensors import Array, span
 if TYPE_CHECKING:
     from pagedcache.kv_cache import KVCache
 
-VERSION = 1
+VERSION = 2
 SHORTEST = 1024
-"""Bytes. Each run is a transfer of its own, so shorter ones would crawl."""
+"""Bytes. Each run is a transfer of its own, so blocks with shorter ones are packed first."""
 
 _LENGTHS = struct.Struct("<II")  # of what follows: bytes of the header, checksum
 _MOST_PIECES = 2**31 - 1  # NIXL's indices are int32
@@ -51,6 +51,9 @@ class Memory(NamedTuple):
     gpu : int
         Its index; 0 on the CPU.
     num_blocks : int
+    block_bytes : int
+    packs : bool
+        Whether blocks are packed; `rows` is empty then.
     """
 
     rows: list[tuple[int, int, int]]
@@ -59,10 +62,18 @@ class Memory(NamedTuple):
     device: str
     gpu: int
     num_blocks: int
+    block_bytes: int
+    packs: bool
 
 
-def read_memory(arrays: Any) -> tuple[Memory, dict[str, Any]]:
+def read_memory(arrays: Any, *, pack: bool) -> tuple[Memory, dict[str, Any]]:
     """Return where the blocks of some arrays are, and how they are laid out.
+
+    Parameters
+    ----------
+    arrays : list of array
+    pack : bool
+        Whether blocks are packed even where they are contiguous.
 
     Raises
     ------
@@ -77,22 +88,17 @@ def read_memory(arrays: Any) -> tuple[Memory, dict[str, Any]]:
     table = make_arrays(arrays, arrays, ("caches", "caches"))
     rows: list[tuple[int, int, int]] = []
     ranges: list[tuple[int, int]] = []
-    facts: dict[str, Any] = {"number of arrays": len(tensors)}
+    packs = pack or any(array.row < SHORTEST and array.axes for array in table.arrays)
+    facts: dict[str, Any] = {"number of arrays": len(tensors), "pack": packs}
     for i, (tensor, array) in enumerate(zip(tensors, table.arrays, strict=True)):
         subject = f"caches[{i}]"
         if any(step < 0 for step in tensor.strides):
             rule = "must not have strides that run backwards"
             raise BadTensorStridesError(subject, rule, f"{tensor.strides} bytes")
-        if array.row < SHORTEST and array.axes:
-            rule = (
-                f"must have blocks that are contiguous, or runs of at least {SHORTEST} bytes, "
-                "since each run is sent by itself; send an array of whole blocks, or copy them "
-                "into one with pagedcache.copy_blocks"
-            )
-            raise BadTensorStridesError(subject, rule, f"runs of {array.row} bytes")
-        steps = [range(0, length * step, step) for length, step, _ in array.axes]
-        places = [sum(offsets) for offsets in itertools.product(*steps)]
-        rows += [(tensor.address + at, array.row, tensor.strides[0]) for at in places]
+        if not packs:
+            steps = [range(0, length * step, step) for length, step, _ in array.axes]
+            places = [sum(offsets) for offsets in itertools.product(*steps)]
+            rows += [(tensor.address + at, array.row, tensor.strides[0]) for at in places]
         size = span(tensor.shape, tensor.strides, tensor.dtype.itemsize)
         ranges.append((tensor.address, tensor.address + size))
         axes = list(zip(tensor.shape, tensor.strides, strict=True))[1:]
@@ -106,7 +112,8 @@ def read_memory(arrays: Any) -> tuple[Memory, dict[str, Any]]:
         raise BadParamError("caches", rule, len(rows) * num_blocks)
     kind = "DRAM" if device == "cpu" else "VRAM"
     where = tensors[0].device, int(index or 0)
-    return Memory(rows, _joined(ranges), kind, *where, num_blocks), facts
+    memory = Memory(rows, _joined(ranges), kind, *where, num_blocks, table.block_bytes, packs)
+    return memory, facts
 
 
 def describe(cache: KVCache) -> dict[str, Any]:
@@ -144,14 +151,14 @@ def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> BadParamError | 
     return None
 
 
-def pack(kind: str, header: dict[str, Any], body: bytes) -> bytes:
-    """Return a message that `unpack` takes apart, on any machine."""
+def to_bytes(kind: str, header: dict[str, Any], body: bytes) -> bytes:
+    """Return a message that `from_bytes` takes apart, on any machine."""
     text = json.dumps(header).encode()
     checksum = zlib.crc32(text + body)
     return _first_line(kind) + _LENGTHS.pack(len(text), checksum) + text + body
 
 
-def unpack(kind: str, subject: str, data: Any, made_by: str) -> tuple[dict[str, Any], bytes]:
+def from_bytes(kind: str, subject: str, data: Any, made_by: str) -> tuple[dict[str, Any], bytes]:
     """Return the header and the body of a message.
 
     Raises

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from pagedcache.status import BadParamError, BadParamTypeError, InternalError, shown
@@ -31,27 +32,38 @@ class TransferTimeoutError(TransferError, TimeoutError):
     """The time that `wait` was given is over. What it waited for goes on, and may still happen."""
 
 
-def wait_for(done: Callable[[], bool], timeout: float | None, subject: str) -> None:
-    """Return once something is done.
+def check_timeout(timeout: float | None) -> None:
+    """Raise if it is no time to wait for."""
+    if timeout is None:
+        return
+    if isinstance(timeout, bool) or not isinstance(timeout, Real):
+        rule = "must be a number of seconds or None"
+        raise BadParamTypeError("timeout", rule, shown(timeout))
+    if not timeout >= 0:
+        raise BadParamError("timeout", "must be at least 0 seconds", timeout)
+
+
+def wait_for(
+    done: Callable[[], bool],
+    timeout: float | None,
+    subject: str,
+    longest: float = 1e-3,
+    rule: str = "is not done after {:g} s; it goes on, so wait again",
+) -> None:
+    """Call a function until it returns True, with pauses of at most so many seconds.
 
     Raises
     ------
     TransferTimeoutError
         It is not done after `timeout` seconds.
     """
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            rule = "must be a number of seconds or None"
-            raise BadParamTypeError("timeout", rule, shown(timeout))
-        if not timeout >= 0:
-            raise BadParamError("timeout", "must be at least 0 seconds", timeout)
+    check_timeout(timeout)
     began = time.monotonic()
     while not done():
         passed = time.monotonic() - began
-        pause = min(passed / 20, 1e-3)  # short at first, so that short transfers take no longer
+        pause = min(passed / 20, longest)  # short at first, so that short transfers take no longer
         if timeout is not None:
             if passed >= timeout:
-                rule = f"is not done after {timeout:g} s; it goes on, so wait again"
-                raise TransferTimeoutError(subject, rule)
+                raise TransferTimeoutError(subject, rule.format(timeout))
             pause = min(pause, timeout - passed)
         time.sleep(pause)

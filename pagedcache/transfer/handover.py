@@ -4,27 +4,42 @@
 One side offers a sequence, and holds its blocks. The other side finds what it has, reads the rest,
 and says so, which frees the blocks. If the first side stops waiting, it withdraws the offer, and
 may use its blocks again at once, although the other side may be reading them. So after the blocks
-the other side reads a word in the memory of the first, which a withdrawal clears before anything
+the other side reads a word on the board of the first, which a withdrawal clears before anything
 else: if the word is still there, all blocks were as they were offered.
 """
 
 from __future__ import annotations
 
-import secrets
+import time
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pagedcache.pool import Sequence
-from pagedcache.status import BadParamError, BadParamTypeError, shown
-from pagedcache.transfer.agent import Agent, Job, Peer
-from pagedcache.transfer.card import pack, unpack
-from pagedcache.transfer.errors import TransferError, wait_for
+from pagedcache.status import (
+    BadParamError,
+    BadParamTypeError,
+    PoolExhaustedError,
+    as_int,
+    shown,
+)
+from pagedcache.transfer.agent import Agent, Peer
+from pagedcache.transfer.card import from_bytes, to_bytes
+from pagedcache.transfer.errors import (
+    TransferError,
+    TransferTimeoutError,
+    check_timeout,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from pagedcache.kv_cache import KVCache
+    from pagedcache.tensors import Array
+    from pagedcache.transfer.jobs import Job, Steps
 
 
 class Offer:
@@ -41,35 +56,40 @@ class Offer:
         Blocks that are offered.
     """
 
-    def __init__(self, agent: Agent, sequence: Sequence, num_written: int) -> None:
+    def __init__(
+        self, agent: Agent, sequence: Sequence, num_written: int, peer: Peer | None
+    ) -> None:
         size = _cache_of(agent).block_size
         table = sequence.block_table[: -(-num_written // size)]
-        if not agent.free_offers:
-            raise BadParamError("agent", "must have fewer offers; withdraw some", "the most")
-        self._agent, self._slot = agent, agent.free_offers.pop()
+        self._agent, self._peer, self._grant = agent, peer, agent._board.grant()
         self._held: Sequence | None = sequence.fork()
-        word = secrets.randbits(63) + 1
-        self._answer = _answer(word)
+        self._answer = _answer(self._grant.word)
         self._taken = False
-        agent.offers[self._answer] = self
+        agent._open_offers[self._answer] = self
         self.num_blocks = len(table)
-        agent.board[0, self._slot] = word
         header = {
-            "agent": agent.id,
-            "slot": self._slot,
-            "word": word,
+            "agent": agent._id,
+            "grant": self._grant,
             "key": sequence.key.hex(),
             "num_written": num_written,
             "blocks": table,
         }
         tokens = np.asarray(sequence.token_ids, "<i4").tobytes()
-        self.message = pack("offer", header, tokens)
+        self.message = to_bytes("offer", header, tokens)
 
     @property
     def done(self) -> bool:
-        """Whether the other side has it. It never waits."""
+        """Whether the other side has it. It does not wait for that; see `Job.done`.
+
+        Raises
+        ------
+        TransferError
+            The side that it was handed over to is gone. Its blocks are held until `withdraw`.
+        """
         if self._held is not None:
-            self._agent._read_messages()
+            self._agent.progress()
+        if self._held is not None and self._peer is not None:
+            self._peer._look()
         return self._taken
 
     def wait(self, timeout: float | None = None) -> None:
@@ -78,14 +98,15 @@ class Offer:
         Parameters
         ----------
         timeout : float, optional
-            In seconds. By default, there is none, and one that has died will never take it.
+            In seconds. By default, there is none. A side that has died is noticed if it was handed
+            over to it; a message of `offer` may be with anyone.
 
         Raises
         ------
         TransferTimeoutError
             The other side does not have it by then. Wait again, or `withdraw` it.
         TransferError
-            It was withdrawn.
+            It was withdrawn, or the other side is gone.
         """
 
         def done() -> bool:
@@ -93,7 +114,7 @@ class Offer:
                 raise TransferError("the offer", "was withdrawn before it was taken", "agent")
             return self._taken
 
-        wait_for(done, timeout, repr(self))
+        wait_for(done, timeout, repr(self), self._agent._pause)
 
     def withdraw(self) -> None:
         """Let the blocks go. It does nothing if the other side has them already.
@@ -103,11 +124,12 @@ class Offer:
         if self._held is None:
             return
         # First, since the blocks may be written to as soon as they are free.
-        self._agent.board[0, self._slot] = 0
-        self._agent.free_offers.append(self._slot)
-        del self._agent.offers[self._answer]
+        self._agent._board.revoke(self._grant)
+        del self._agent._open_offers[self._answer]
         self._held.free()
         self._held = None
+        if self._peer is not None and not self._taken:
+            self._peer._try_to_send(b"pagedcache withdrawn %d" % self._grant.word)
 
     def _take(self) -> None:
         self._taken = True
@@ -141,73 +163,67 @@ class Arrival:
         How many blocks are fetched.
     """
 
-    def __init__(self, peer: Peer, message: bytes, stream: Any, *, hidden: bool) -> None:
+    def __init__(self, peer: Peer, message: bytes, stream: Any) -> None:
         agent = peer.agent
         cache = _cache_of(agent)
         agent._alive()
-        header, body = unpack("offer", "message", message, "Offer.message")
-        if header["agent"] != peer.id:
+        header, body = from_bytes("offer", "message", message, "Offer.message")
+        if header["agent"] != peer._id:
             rule = f"must be an offer of peer {peer.name!r}"
             raise BadParamError("message", rule, f"one of {header['agent'][:-33]!r}")
-        agent._advance()
-        if not agent.free_words:
-            raise BadParamError("agent", "must have fewer arrivals; wait for some", "the most")
+        agent.progress()
         tokens = array("i", np.frombuffer(body, "<i4").tolist())
-        sequence = cache.sequence(tokens, key=bytes.fromhex(header["key"]))
+        key = bytes.fromhex(header["key"])
+        sequence = cache.sequence(tokens, key=key, publish=False)
         self.peer, self.num_found = peer, sequence.num_cached_tokens
-        self._written, self._offer, self._word = (
-            header[name] for name in ("num_written", "slot", "word")
-        )
+        self._written, self._grant = header["num_written"], header["grant"]
         found = self.num_found // cache.block_size
         theirs = header["blocks"][found:]
         mine = sequence.block_table[found : found + len(theirs)]
         self.num_blocks = len(theirs)
         self._sequence: Sequence | None = sequence
-        self._hidden, self._arrived = False, False
-        self._given_up = False
+        self._arrived = self._given_up = False
+        self._job: Job = peer._job(self._steps(np.array(mine), np.array(theirs)), len(mine))
         try:
-            self._job: Job = peer.fetch(theirs, mine, stream=stream)
+            agent._wait_for_writes(stream)
+            self._job._step()
+            if self._job.error is not None:
+                raise self._job.error
         except BaseException:
-            self._forget()
+            self.give_up()
             raise
-        self._place: int | None = agent.free_words.pop()
-        self._reads_word = False
-        if hidden:
-            self._hide()
+
+    def _steps(self, mine: Array, theirs: Array) -> Steps:
+        if len(mine):
+            yield from self.peer._read_blocks(mine, theirs)
+        if not (yield from self.peer._is_granted(*self._grant)):
+            rule = "has withdrawn its offer, so what arrived may be anything"
+            raise TransferError(f"peer {self.peer.name!r}", rule, "peer")
 
     @property
     def done(self) -> bool:
-        """Whether the sequence is there. It never waits.
+        """Whether the sequence is there. It does not wait for it; see `Job.done`.
 
         Raises
         ------
         TransferError
-            It will not come, and its blocks are free.
+            It will not come. Its blocks are free, or as `give_up` says.
         """
         if self._arrived:
             return True
-        if self._sequence is None:
+        if self._given_up:
             raise self._error()
         try:
             if not self._job.done:
                 return False
-            agent = self.peer.agent
-            assert self._place is not None
-            if not self._reads_word:
-                agent.board[1, self._place] = 0
-                self._reads_word = True
-                self._job = self.peer.fetch_word(self._offer, self._place)
-                if not self._job.done:
-                    return False
-            if int(agent.board[1, self._place]) != self._word:
-                rule = "has withdrawn its offer, so what arrived may be anything"
-                self._job._fail(TransferError(f"peer {self.peer.name!r}", rule, "peer"))
-                raise self._error()
-        except TransferError:
-            self._forget()
+        except BaseException:
+            self.give_up()
             raise
-        self._free_place()
+        assert self._sequence is not None
         self._sequence.num_cached_tokens = max(self._written, self.num_found)
+        size = self._sequence.pool.block_size
+        if self._written // size >= self._sequence.num_tokens // size:
+            self._sequence.publish()
         self._arrived = True
         self._tell()
         return True
@@ -232,7 +248,7 @@ class Arrival:
         TransferError
             It will not come: the other side has withdrawn it or is gone. Its blocks are free.
         """
-        wait_for(lambda: self.done, timeout, repr(self))
+        wait_for(lambda: self.done, timeout, repr(self), self.peer.agent._pause)
         assert self._sequence is not None
         return self._sequence
 
@@ -242,9 +258,8 @@ class Arrival:
         Its blocks are free once nothing can write to them any more: when the transfer has ended or
         the agent is closed. It does nothing once the sequence is there.
         """
-        if self._arrived or self._sequence is None:
+        if self._arrived or self._given_up:
             return
-        self._hide()
         self._given_up = True
         self.peer.agent._given_up.add(self)
         self._let_go()
@@ -254,42 +269,23 @@ class Arrival:
             self.peer.agent._given_up.discard(self)
             self._forget()
 
-    def _hide(self) -> None:
-        """Let no other sequence find blocks that are not there yet."""
-        assert self._sequence is not None
-        if not self._hidden:
-            held = self._sequence.fork()
-            held.num_cached_tokens = self.num_found
-            self._sequence.free(num_written=self.num_found)
-            self._sequence, self._hidden = held, True
-
     def _forget(self) -> None:
         if self._sequence is not None:
             self._sequence.free(num_written=self.num_found)
             self._sequence = None
-            self._free_place()
 
-    def _free_place(self) -> None:
-        place = getattr(self, "_place", None)
-        if place is not None:
-            self.peer.agent.free_words.append(place)
-            self._place = None
-
-    def _error(self) -> TransferError:
+    def _error(self) -> Exception:
         if self._job.error is not None:
             return self._job.error
         return TransferError("the arrival", "was given up", "agent")
 
     def _tell(self) -> None:
         """Tell the other side that its blocks may go."""
-        nixl = self.peer.agent._alive()
-        try:
-            nixl.send_notif(self.peer.id, _answer(self._word))
-        except Exception:
-            return  # the other side is gone by now; all blocks are here
+        # If that fails, it is gone by now, and all blocks are here.
+        self.peer._try_to_send(_answer(self._grant[1]))
 
     def __repr__(self) -> str:
-        state = "there" if self._arrived else "gone" if self._sequence is None else "on its way"
+        state = "there" if self._arrived else "given up" if self._given_up else "on its way"
         return (
             f"<Arrival from peer {self.peer.name!r}: {self.num_blocks} blocks, and "
             f"{self.num_found} tokens that were here, {state}>"
@@ -297,7 +293,12 @@ class Arrival:
 
 
 def offer(
-    agent: Agent, sequence: Sequence, *, num_written: int | None = None, stream: Any = None
+    agent: Agent,
+    sequence: Sequence,
+    *,
+    num_written: int | None = None,
+    stream: Any = None,
+    peer: Peer | None = None,
 ) -> Offer:
     """Offer a sequence to another side.
 
@@ -311,6 +312,8 @@ def offer(
         How many of its tokens, from the front, have their K and V in the cache. By default, all.
     stream : optional
         The stream of the writes. The call waits for all that is queued on it; see `Peer.send`.
+    peer : Peer, optional
+        Who will be given the message, so that it is noticed if that side is gone.
 
     Returns
     -------
@@ -328,33 +331,35 @@ def offer(
     if sequence.pool is not cache.pool:
         raise BadParamError("sequence", "must be one of the cache of agent", shown(sequence))
     num_tokens = sequence.num_tokens
-    written = num_tokens if num_written is None else num_written
-    if not isinstance(written, (int, np.integer)) or not 0 <= written <= num_tokens:
-        rule = f"must be from 0 to the number of tokens, {num_tokens}"
-        raise BadParamError("num_written", rule, shown(num_written))
-    agent._wait_for_stream(stream)
-    return Offer(agent, sequence, int(written))
+    written = num_tokens
+    if num_written is not None:
+        written = as_int("num_written", num_written, 0, num_tokens, "the number of tokens, ")
+    agent._wait_for_writes(stream)
+    return Offer(agent, sequence, written, peer)
 
 
-def receive(peer: Peer, message: bytes, *, stream: Any = None) -> Arrival:
+def receive(peer: Peer, message: bytes | None = None, *, stream: Any = None) -> Arrival | None:
     """Take a sequence that the other side offers, and do not wait for it.
 
     The pool gives it blocks, all at once; those whose tokens are found here are shared, and the
-    others are read from the other side. Other sequences do not find its new blocks, neither before
-    they are there nor later.
+    others are read from the other side. Other sequences find its new blocks once they are there; if
+    full blocks were not all written over there, once you have written the rest and call
+    `Sequence.publish`.
 
     Parameters
     ----------
     peer : Peer
         Of an agent of a `KVCache`.
-    message : bytes
-        `Offer.message` of the other side.
+    message : bytes, optional
+        `Offer.message` of the other side. By default, the next sequence that it has handed over,
+        see `Peer.hand_over`.
     stream : optional
         See `Peer.fetch`.
 
     Returns
     -------
-    Arrival
+    Arrival or None
+        None if no message is given, and nothing was handed over that has not been taken.
 
     Raises
     ------
@@ -363,20 +368,30 @@ def receive(peer: Peer, message: bytes, *, stream: Any = None) -> Arrival:
     TransferError
         The other side is gone.
     """
-    return Arrival(peer, message, stream, hidden=True)
+    _check_peer(peer)
+    if message is not None:
+        return Arrival(peer, message, stream)
+    peer.agent.progress()
+    if not peer.agent._inbox.get(peer._id):
+        peer._look()
+        return None
+    with _next_of(peer) as offered:
+        return Arrival(peer, offered, stream)
 
 
 def accept(
-    peer: Peer, message: bytes, *, timeout: float | None = None, stream: Any = None
+    peer: Peer,
+    message: bytes | None = None,
+    *,
+    timeout: float | None = None,
+    stream: Any = None,
 ) -> Sequence:
     """Take a sequence that the other side offers, and return it once it is there.
-
-    Other sequences find its blocks then.
 
     Parameters
     ----------
     peer, message, stream
-        As in `receive`.
+        As in `receive`, except that this waits until a sequence is handed over.
     timeout : float, optional
         In seconds. By default, there is none; see `Job.wait`.
 
@@ -390,16 +405,58 @@ def accept(
     PoolExhaustedError
         There are too few free blocks. Nothing was changed, and the offer still stands.
     TransferTimeoutError
-        It is not there by then, and was given up: see `Arrival.give_up`. The offer still stands.
+        Nothing was handed over by then; or it is not there by then, and was given up: see
+        `Arrival.give_up`. The offer still stands.
     TransferError
         The other side has withdrawn it or is gone. Its blocks are free.
     """
-    arrival = Arrival(peer, message, stream, hidden=False)
+    check_timeout(timeout)
+    end = None if timeout is None else time.monotonic() + timeout
+    agent = _check_peer(peer).agent
+    if message is None:
+
+        def come() -> bool:
+            agent.progress()
+            peer._look()
+            return bool(agent._inbox.get(peer._id))
+
+        rule = "has handed over no sequence within {:g} s"
+        wait_for(come, timeout, f"peer {peer.name!r}", agent._pause, rule)
+    with nullcontext(message) if message is not None else _next_of(peer) as offered:
+        arrival = Arrival(peer, offered, stream)
+        try:
+            return arrival.wait(None if end is None else max(end - time.monotonic(), 0))
+        except BaseException:
+            arrival.give_up()
+            if arrival._arrived and arrival._sequence is not None:  # interrupted at the last moment
+                arrival._sequence.free()
+            raise
+
+
+@contextmanager
+def _next_of(peer: Peer) -> Iterator[bytes]:
+    """Take the first message of a side, and keep it for another time if it still stands."""
+    waiting = peer.agent._inbox[peer._id]
+    word = next(iter(waiting))
     try:
-        return arrival.wait(timeout)
-    except BaseException:  # too late, or interrupted
-        arrival.give_up()
+        yield waiting[word]
+    except PoolExhaustedError as error:
+        if error.needed > _cache_of(peer.agent).num_blocks:  # it will never fit
+            waiting.pop(word, None)
         raise
+    except (TransferTimeoutError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        waiting.pop(word, None)
+        raise
+    waiting.pop(word, None)
+
+
+def _check_peer(peer: object) -> Peer:
+    if not isinstance(peer, Peer):
+        rule = "must be a Peer, which Agent.connect returns"
+        raise BadParamTypeError("peer", rule, shown(peer))
+    return peer
 
 
 def _answer(word: int) -> bytes:

@@ -55,6 +55,10 @@ class CpuDevice:
         """Return 0: the CPU has no streams."""
         return 0
 
+    def side_stream(self) -> int:
+        """Return 0: the CPU has no streams."""
+        return 0
+
     def stream(self, stream: object) -> int:
         """Return 0: the CPU has no streams."""
         return 0

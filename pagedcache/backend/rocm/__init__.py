@@ -16,7 +16,8 @@ from pagedcache.status import DeviceNotFoundError, DeviceNotInitializedError, Mi
 if TYPE_CHECKING:
     from pagedcache.backend.rocm.device import RocmDevice
 
-INSTALL = "install ROCm 7, and pagedcache with the extra rocm7"
+STATE = "compiled, never run: help wanted"
+INSTALL = f"install ROCm 7, and pagedcache with the extra rocm7; {STATE}"
 
 
 class RocmBackend:

@@ -15,11 +15,11 @@ from pagedcache.backend.nvidia import source
 from pagedcache.backend.nvidia.context import failure
 from pagedcache.backend.nvidia.device import CudaDevice
 from pagedcache.backend.nvidia.parameters import packer
+from pagedcache.backend.rocm import STATE
 
 # Nothing is contracted, and subnormal numbers are kept, although CuPy asks for the opposite.
 OPTIONS = ("-std=c++17", "-ffp-contract=off", "-Xclang", "-fdenormal-fp-math-f32=ieee")
 PRELUDE = "hip.cuh"
-STATE = "compiled, never run: help wanted"
 
 
 class RocmDevice(CudaDevice):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,10 +15,9 @@ from pagedcache.operators.slot_mapping.info import (
 )
 from pagedcache.status import (
     BadParamError,
-    BadParamTypeError,
     BadTensorShapeError,
     InvalidPositionError,
-    shown,
+    as_int,
 )
 
 if TYPE_CHECKING:
@@ -302,7 +300,7 @@ def _checked_sizes(
 ) -> tuple[int, int, int, int]:
     names = ("block_size", "cp_size", "cp_rank", "cp_interleave")
     given = (block_size, cp_size, cp_rank, cp_interleave)
-    found = dict(zip(names, map(_as_int, names, given), strict=True))
+    found = dict(zip(names, map(as_int, names, given), strict=True))
     for name in ("block_size", "cp_size", "cp_interleave"):
         if not 0 < found[name] < MOST_SIZE:
             raise BadParamError(name, f"must be from 1 to {MOST_SIZE - 1}", found[name])
@@ -313,10 +311,3 @@ def _checked_sizes(
         rule = f"must divide block_size, {found['block_size']}"
         raise BadParamError("cp_interleave", rule, found["cp_interleave"])
     return found["block_size"], found["cp_size"], found["cp_rank"], found["cp_interleave"]
-
-
-def _as_int(name: str, value: object) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type] # which is what it tells
-    except TypeError:
-        raise BadParamTypeError(name, "must be an int", shown(value)) from None

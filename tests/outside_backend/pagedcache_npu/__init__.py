@@ -2,8 +2,8 @@
 """A backend of pagedcache from outside: a template for a real one.
 
 The device is made up. It has memory of its own, which is NumPy's underneath, and runs at once what
-is queued. FILL IN marks what the runtime of a real device does instead; docs/new_backend.md walks
-through it.
+is queued. FILL IN marks what the runtime of a real device does instead; docs/howto/new_backend.md
+walks through it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class NpuDevice:
 
     def current_stream(self) -> int:
         return 0  # FILL IN: the handle of the stream that the array library uses now
+
+    def side_stream(self) -> int:
+        return 0  # FILL IN: the handle of a stream that only this package uses
 
     def stream(self, stream: Any) -> int:
         return int(stream or 0)  # FILL IN: the handle of the stream that a caller gives
