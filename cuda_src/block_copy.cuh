@@ -47,9 +47,8 @@ struct BlockCopyCall {
   Report* report;
   unsigned int num_arrays;
   unsigned int tiles;
-  unsigned int parts;  // blocks of threads that share a pair
   unsigned int tiles_per_part;
-  char inline_pairs[3584];
+  char inline_pairs[3588];
 };
 
 struct BlockCopyParameters {

@@ -29,7 +29,7 @@ FILE = "block_copy.cuh"
 THREADS = 256
 LANES, VECTORS = 32, 4  # of a warp, and of a lane of it in one tile
 MOST_AXES, MOST_VECTORS = 3, 1 << 31  # in struct BlockArray
-INLINE = 3584  # bytes of pairs that fit in a kernel's parameters
+INLINE = 3588  # bytes of pairs that fit in a kernel's parameters
 WARPS = 256  # on each multiprocessor; measured on an H200 (notes/performance.md, "Blocks")
 MOST_WARPS = 1 << 30
 INDEX = {4: "int", 8: "long long"}
@@ -146,7 +146,6 @@ class BlockCopy:
         # Each part of a chain is copied by one block of threads from its beginning to its end.
         wanted = MOST_WARPS if chained else self._warps
         per_part = max(count * tiles // wanted, 1) * (THREADS // LANES)
-        parts = -(-tiles // per_part)
         ready, prepare = kernel
         # pop and append of a list are atomic, so no two threads get the same launch.
         try:
@@ -162,11 +161,10 @@ class BlockCopy:
             self._report.address,
             len(table.arrays),
             tiles,
-            parts,
             per_part,
             inline,
         )
-        launch.run(count * parts, stream)
+        launch.run(count * -(-tiles // per_part), stream)  # blocks of threads share a pair
         ready.append(launch)
         if stream not in self._report.streams:
             self._report.note(stream)
