@@ -666,7 +666,11 @@ WRONG = [
         NotImplementedError,
         "kv_cache_dtype must be one of 'auto', 'float16', 'bfloat16', 'fp8', .*, got 'nvfp4'",
     ),
-    (lambda: flash(kv_cache_dtype="auto"), ValueError, "k_format must be given, because k_cach"),
+    (
+        lambda: flash(kv_cache_dtype="auto"),
+        ValueError,
+        "kv_cache_dtype must be one of 'fp8', .*bytes",
+    ),
     (
         lambda: quant(k_scale_cache=ONE),
         ValueError,

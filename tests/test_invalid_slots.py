@@ -213,6 +213,17 @@ def test_explain():
                 descriptor.explain(wrong, case.views["slot_mapping"])
 
 
+def test_explain_of_slots_whose_elements_are_no_index():
+    class Element:  # as CuPy's, which are arrays
+        def __init__(self, slot):
+            self.item = lambda: slot
+
+    case = case_with(BAD)
+    with pc.Descriptor.create(*case.arrays()) as descriptor:
+        slots = [Element(slot) for slot in BAD]
+        assert [descriptor.explain(token, slots).slot for token in range(len(BAD))] == [*BAD]
+
+
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 def test_explained_bytes_are_those_that_are_written(layout):
     case = simple_case(layout=layout, k_size=8, v_size=6)

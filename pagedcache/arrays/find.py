@@ -125,6 +125,9 @@ def current_streams(device: int) -> list[int]:
 def _find(subject: str, array: object) -> Library:
     if array is None:
         raise NullPointerError(subject, "must be an array", "None")
+    if subject.endswith("_scale") and isinstance(array, (int, float, np.generic)):
+        rule = "must be a float32 array of one element, where one scale is for a whole cache"
+        raise BadParamTypeError(subject, rule, shown(array))
     cupy, torch, jax = (sys.modules.get(name) for name in ("cupy", "torch", "jax"))
     if isinstance(array, np.ndarray):
         library, exact = libraries[np.ndarray], np.ndarray

@@ -84,7 +84,13 @@ def reshape_and_cache_flash(
     0.11 reads only the first of several scales.
     """
     if isinstance(kv_cache_dtype, str) and kv_cache_dtype in COPIES:
-        paged_caching(key_cache, value_cache, key, value, slot_mapping, layout="NHD")
+        try:
+            paged_caching(key_cache, value_cache, key, value, slot_mapping, layout="NHD")
+        except BadParamError as error:
+            if error.subject not in ("k_format", "v_format"):
+                raise
+            rule = f"must be one of {', '.join(map(repr, FLOAT8))}, because the caches are of bytes"
+            raise BadParamError("kv_cache_dtype", rule, shown(kv_cache_dtype)) from None
         return
     name = _float8(kv_cache_dtype, (*COPIES, *FLOAT8))
     paged_caching(

@@ -45,6 +45,20 @@ _COMPARISONS: dict[type[ast.cmpop], tuple[str, bool]] = {
 }
 
 
+# What is meant by an operator or a function that the language does not have.
+_OTHER_OPERATORS: dict[type[ast.operator], str] = {
+    ast.BitXor: "; a power is **",
+    ast.BitAnd: "; of truth values, use and",
+    ast.BitOr: "; of truth values, use or",
+}
+_OTHER_FUNCTIONS = {
+    "clip": "min(max(x, low), high)",
+    "clamp": "min(max(x, low), high)",
+    "sign": "(x > 0) - (x < 0)",
+    "pow": "a ** b",
+}
+
+
 class ExpressionError(BadParamError):
     """An expression is not in the language.
 
@@ -277,7 +291,8 @@ class _Former(_Marking):
                 return ()
             case ast.BinOp(left, operation, right):
                 if type(operation) not in _BINARY and not isinstance(operation, ast.Pow):
-                    self.fail(at, "has an operator that is not one of + - * / // % **")
+                    hint = _OTHER_OPERATORS.get(type(operation), "")
+                    self.fail(at, f"has an operator that is not one of + - * / // % **{hint}")
                 return (left, right)
             case ast.UnaryOp(operation, operand):
                 if isinstance(operation, ast.Invert):
@@ -323,9 +338,9 @@ class _Former(_Marking):
             self.fail(function, f"calls {_name_of(function)}, which is not in the language")
         name = function.id
         if name not in FUNCTIONS:
-            self.fail(
-                function, f"calls {name}, which is not in the language{_near(name, FUNCTIONS)}"
-            )
+            other = _OTHER_FUNCTIONS.get(name)
+            hint = f"; write {other}" if other else _near(name, FUNCTIONS)
+            self.fail(function, f"calls {name}, which is not in the language{hint}")
         if keywords:
             self.fail(at, f"must call {name} with positional arguments only")
         operation = FUNCTIONS[name]

@@ -210,6 +210,10 @@ def check_overlap(one: Expected, at: int, other: Expected, other_at: int) -> Non
         if overlap(*views):
             rule = f"must not share memory with {one.name}"
             got = " and ".join(map(byte_range, reversed(views)))
+            first, step = (one, distance) if distance >= 0 else (other, -distance)
+            shared = first.shape[-1] * first.dtype.itemsize - step
+            if shared > 0 and one.strides[:-1] == other.strides[:-1]:
+                got += f": each row reaches {shared} bytes into one of the other"
             raise CacheOverlapError(other.name, rule, got)
 
 

@@ -117,6 +117,9 @@ class SlotOperation(Operation[SlotInfoT]):
     ) -> SlotExplanation:
         """Show where a token is: its block, offset, and bytes in each cache.
 
+        Bytes are counted from the first element of each cache array, also where K and V are views
+        of one array.
+
         With caches, also what is stored there: the code, scale and value of one element of each.
 
         Parameters
@@ -238,7 +241,11 @@ def _find_slot(slot_or_token: Any, slot_mapping: Any) -> tuple[int, int | None]:
     if slot_mapping is not None:
         try:
             count = len(slot_mapping)
-            found = operator.index(slot_mapping[slot]) if 0 <= slot < count else None
+            found = None
+            if 0 <= slot < count:
+                entry = slot_mapping[slot]
+                # CuPy's elements are arrays without axes, which are no index.
+                found = operator.index(entry.item() if hasattr(entry, "item") else entry)
         except Exception as error:
             rule = f"must be a sequence of ints ({error})"
             raise BadParamTypeError("slot_mapping", rule, type(slot_mapping)) from error

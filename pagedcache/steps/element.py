@@ -138,6 +138,12 @@ def cuda(
     Step
         For `WriteKernel` or `ReadKernel`.
 
+    Raises
+    ------
+    BadParamError, BadParamTypeError
+        `text` is empty or no string, or `numpy` and `parameters` do not fit it. What is wrong with
+        the CUDA itself is a `CompileError` of the first call.
+
     Examples
     --------
     >>> import numpy as np

@@ -54,6 +54,11 @@ def rms_norm(weight: str, eps: float, *, weight_offset: float = 0.0) -> Step:
     Step
         For `WriteKernel` or `ReadKernel`.
 
+    Raises
+    ------
+    BadParamError, BadParamTypeError
+        `weight` is no name, or a number is not one, is not finite or, of `eps`, is negative.
+
     Notes
     -----
     The formula is that of Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
@@ -93,6 +98,11 @@ def rope(cos_sin: str, positions: str, *, style: str = "neox", first: int = 0) -
     Step
         For `WriteKernel` or `ReadKernel`.
 
+    Raises
+    ------
+    BadParamError, BadParamTypeError
+        A name is no name, or `style` or `first` is not allowed.
+
     Notes
     -----
     Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021. The table is
@@ -124,6 +134,11 @@ def hadamard(*, group: int | None = None) -> Step:
     -------
     Step
         For `WriteKernel` or `ReadKernel`.
+
+    Raises
+    ------
+    BadParamError, BadParamTypeError
+        `group` is not a power of two.
     """
     if group is not None:
         group = whole("group", group, 1)
@@ -147,6 +162,11 @@ def cast(dtype: object) -> Step:
     -------
     Step
         For `WriteKernel` or `ReadKernel`.
+
+    Raises
+    ------
+    BadParamError
+        `dtype` is not one of these.
     """
     name = dtype if isinstance(dtype, str) else _dtype_name(dtype)
     if name not in CAST_FORMATS:

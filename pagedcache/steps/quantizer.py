@@ -57,6 +57,13 @@ def quantize(
     -------
     Step
         For `WriteKernel`.
+
+    Raises
+    ------
+    ExpressionError
+        `scale` or `code` is not an expression; the message marks the place.
+    BadParamError, BadParamTypeError
+        `format` or `group` is not allowed.
     """
     for name, text in (("scale", scale), ("code", code)):
         if not isinstance(text, str):

@@ -91,7 +91,7 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
             ``[num_kv_heads]``: a head. ``[num_kv_heads, head_size]``: a dimension of a head. These
             are read, and ``x / scale`` is stored. ``[num_blocks, num_kv_heads, block_size]`` (in
             ``"NHD"``, ``[num_blocks, block_size, num_kv_heads]``): a token's row in a head; with
-            one more axis of ``head_size / n``: `n` neighbouring elements of such a row. These are
+            one more axis of ``head_size / n``: ``n`` neighbouring elements of such a row. These are
             computed and written: ``scale = max(amax / most, 1e-6)``, where `most` is 448, 57344,
             127 or 7, and ``x * (1 / scale)`` is stored. In a cache of a single row, one element in
             such a shape is computed too. Any strides, so scales may be beside the
@@ -132,9 +132,9 @@ class Descriptor(SlotOperation[PagedCachingInfo]):
         Notes
         -----
         On CUDA this compiles the kernel, which takes about 0.1 s the first time; later processes
-        find it in CuPy's cache on disk. Create a descriptor before a stream capture begins. Each
-        one takes 64 bytes of device memory until the process ends, because a graph may write to
-        them even after `destroy`.
+        find it in CuPy's cache on disk. Create a descriptor before a stream capture begins, unless
+        `warmup` has compiled its kernel in this process. Each takes 64 bytes of device memory until
+        the process ends, because a graph may write to them even after `destroy`.
         """
         return cls._create(
             (k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale),

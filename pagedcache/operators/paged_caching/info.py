@@ -179,7 +179,7 @@ class PagedCachingInfo:
         k_format, v_format : str, optional
             See `Descriptor.create`.
         powers : bool
-            Whether scales that are computed are powers of two; see `pagedcache.cache.scales`.
+            Whether scales that are computed are powers of two; see ``pagedcache.cache.scales``.
 
         Returns
         -------

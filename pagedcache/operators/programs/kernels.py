@@ -30,6 +30,7 @@ from pagedcache.steps.pipeline import merged
 from pagedcache.tensors import TensorDescriptor
 
 MOST_RECENT = 8
+_OPTIONS = ("layout", "k_format", "v_format", "q_format", "on_invalid", "debug")
 MOST_PARAMETERS = 64
 
 
@@ -169,6 +170,10 @@ class _Kernel:
 
     def _check_names(self, parameters: Mapping[str, Any]) -> None:
         for name in parameters:
+            if name in _OPTIONS and name not in self._names:
+                kind = "ReadKernel" if self._program.reads else "WriteKernel"
+                rule = f"must not be given to a call; give it to {kind}({name}=...)"
+                raise BadParamError(name, rule)
             if name not in self._names:
                 close = difflib.get_close_matches(name, self._names, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
@@ -245,12 +250,20 @@ class WriteKernel(_Kernel):
     debug : bool, optional
         See `Descriptor.create`.
 
+    Raises
+    ------
+    ExpressionError
+        A string is not an expression; the message marks the place.
+    BadParamError, BadParamTypeError
+        A step or an option is not allowed; the message names it, as in ``k[1]``.
+
     Notes
     -----
-    The steps are compiled into one CUDA kernel on the first call for some dtypes, formats and head
-    sizes, and kept on disk. Other numbers and other numbers of tokens, blocks and slots compile
-    nothing; other strides, lengths of tables or numbers of heads only if they allow other
-    accesses to memory.
+    No device is needed to make a kernel. The steps are compiled into one CUDA kernel on the first
+    call for some dtypes, formats and head sizes, and kept on disk. Other numbers and other numbers
+    of tokens, blocks and slots compile nothing; other strides, lengths of tables or numbers of
+    heads only if they allow other accesses to memory.
+
     The same bytes are written on the CPU and on every GPU, if all functions in the expressions are
     exact.
 
@@ -383,6 +396,16 @@ class WriteKernel(_Kernel):
         ----------
         k_cache, v_cache, k, v, slot_mapping, q, q_out, k_out, v_out, k_scale, v_scale, **parameters
             As in a call; arrays may also be `TensorDescriptor` with a device.
+
+        Raises
+        ------
+        PagedCacheError
+            As in a call; a `CompileError` with the log of the compiler.
+
+        Notes
+        -----
+        Nothing is queued. Any number of threads may call this at the same time; it must not be
+        called while its thread captures a CUDA graph.
         """
         if self._plain is not None and q is q_out is k_out is v_out is None and not parameters:
             self._warm_up_plain((k_cache, v_cache, k, v, slot_mapping, k_scale, v_scale))
@@ -405,6 +428,15 @@ class ReadKernel(_Kernel):
     on_invalid : {"skip", "raise"}
     debug : bool, optional
         See `WriteKernel`.
+
+    Raises
+    ------
+    ExpressionError, BadParamError, BadParamTypeError
+        See `WriteKernel`.
+
+    Notes
+    -----
+    Compiling, threads and exactness are as for `WriteKernel`.
 
     Examples
     --------
@@ -503,6 +535,16 @@ class ReadKernel(_Kernel):
         ----------
         k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale, **parameters
             As in a call; arrays may also be `TensorDescriptor` with a device.
+
+        Raises
+        ------
+        PagedCacheError
+            As in a call; a `CompileError` with the log of the compiler.
+
+        Notes
+        -----
+        Nothing is queued. Any number of threads may call this at the same time; it must not be
+        called while its thread captures a CUDA graph.
         """
         tensors = (k_cache, v_cache, slot_mapping, k_out, v_out, k_scale, v_scale)
         if self._plain is not None and not parameters:
