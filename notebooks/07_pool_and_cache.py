@@ -16,6 +16,14 @@
 # %% [markdown]
 # # 7. Which block holds which tokens
 #
+# > **Colab or Kaggle**: run this cell first.
+
+# %%
+# In Colab or Kaggle, take the # away from the next line; elsewhere the
+# package is installed already.
+# # %pip install -q "pagedcache[notebook,cuda12]"
+
+# %% [markdown]
 # A language model keeps the keys and values (K and V) of all tokens so far, since each new token
 # reads them. A server answers many people at once, and does not know how long an answer will be.
 # So it keeps K and V in *blocks* of a few tokens each, and gives a sequence one block after another
@@ -26,6 +34,7 @@
 # used.
 
 # %%
+import sys
 from collections import deque
 
 import numpy
@@ -42,6 +51,7 @@ if device == "cpu":
 else:
     import cupy as xp
 
+pyplot.rcParams["font.size"] = 11
 print(pc.Handle())
 
 # %% [markdown]
@@ -51,8 +61,8 @@ print(pc.Handle())
 
 # %%
 cache = pc.KVCache(
-    num_layers=2, num_blocks=16, block_size=4, num_kv_heads=1, head_size=8, dtype="float32",
-    device=device,
+    num_layers=2, num_blocks=16, block_size=4, num_kv_heads=1, head_size=8,
+    dtype="float32", device=device,
 )  # fmt: skip
 cache
 
@@ -69,7 +79,10 @@ vocabulary = {}
 
 def tokens(text):
     """Return a token id for each word."""
-    return [vocabulary.setdefault(word, len(vocabulary)) for word in text.split()]
+    return [
+        vocabulary.setdefault(word, len(vocabulary))
+        for word in text.split()
+    ]
 
 
 SYSTEM = "You are a friendly guide . Answer in one short sentence . "
@@ -89,7 +102,9 @@ _ = plot.slot_mapping(sky.slots(), cache.block_size, cache.num_blocks)
 # do here, so that we know later what must be in the cache. It takes token ids and their positions.
 
 # %%
-WEIGHTS = xp.asarray(numpy.random.default_rng(0).random((1000, 1, 8), dtype=numpy.float32))
+WEIGHTS = xp.asarray(
+    numpy.random.default_rng(0).random((1000, 1, 8), dtype=numpy.float32)
+)
 
 
 def model(ids, positions):
@@ -106,7 +121,7 @@ def model(ids, positions):
 
 # %%
 def prefill(cache, sequence):
-    """Compute and write what is not in the cache yet; return how many tokens that were."""
+    """Compute and write what is not in the cache; return how many tokens."""
     start, stop = sequence.num_cached_tokens, sequence.num_tokens
     k, v = model(sequence.token_ids[start:], range(start, stop))
     slots = cache.slots(sequence)
@@ -116,25 +131,33 @@ def prefill(cache, sequence):
 
 
 def intact(cache, sequence):
-    """Read all of a sequence, and return whether it is what the model computes."""
+    """Read a sequence; return whether it is what the model computes."""
     k, v = model(sequence.token_ids, range(sequence.num_tokens))
-    read = [cache.read(layer, sequence) for layer in range(cache.num_layers)]
+    read = [
+        cache.read(layer, sequence) for layer in range(cache.num_layers)
+    ]
     return all(bool((a == k).all() and (b == v).all()) for a, b in read)
 
 
-print(f"{prefill(cache, sky)} tokens computed; read back intact: {intact(cache, sky)}")
+print(
+    f"{prefill(cache, sky)} tokens computed; "
+    f"read back intact: {intact(cache, sky)}"
+)
 
 # %% [markdown]
 # ## The same beginning is found
 #
-# The second prompt begins with the same words. K and V of a token depend on the tokens before it
-# and on nothing else, so blocks that are full of the same beginning can be shared: the pool looks
-# them up.
+# The second prompt begins with the same words. K and V of a token depend on the token, its position
+# and the tokens before it, and not on those after it. So blocks that are full of the same beginning
+# can be shared: the pool looks them up. This is called *prefix caching*.
 
 # %%
 moon = cache.sequence(tokens(SYSTEM + "How old is the moon ?"))
 print(f"{moon.num_cached_tokens} of {moon.num_tokens} tokens found")
-print(f"{prefill(cache, moon)} tokens computed; read back intact: {intact(cache, moon)}")
+print(
+    f"{prefill(cache, moon)} tokens computed; "
+    f"read back intact: {intact(cache, moon)}"
+)
 
 # %%
 tables = {"sky": sky.block_table, "moon": moon.block_table}
@@ -153,7 +176,7 @@ _ = plot.block_tables(tables)
 
 # %%
 fork = sky.fork()
-before = {"sky": list(sky.block_table), "fork": list(fork.block_table)}
+at_first = {"sky": list(sky.block_table), "fork": list(fork.block_table)}
 
 with pc.EventLog(cache.pool) as log:
     slots = fork.append(tokens("Air scatters blue light ."))
@@ -162,11 +185,17 @@ for _, event in log.entries:
     if isinstance(event, BlockCopied | CopiesTaken):
         print(event)
 
-# %%
-_, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2), layout="constrained")
-plot.block_tables(before, ax=left).set(xlim=(0, 6), title="after the fork")
+# %% tags=["hide-input"] jupyter={"source_hidden": true}
+_, (left, right) = pyplot.subplots(
+    1, 2, figsize=(10, 2.2), layout="constrained"
+)
+plot.block_tables(at_first, ax=left).set(
+    xlim=(0, 6), title="after the fork"
+)
 after = {"sky": sky.block_table, "fork": fork.block_table}
-_ = plot.block_tables(after, ax=right).set(xlim=(0, 6), title="after it appended 5 tokens")
+_ = plot.block_tables(after, ax=right).set(
+    xlim=(0, 6), title="after it appended 5 tokens"
+)
 
 # %% [markdown]
 # `BlockCopied` says which block is to be copied, and where. The pool touches no array: it keeps a
@@ -177,7 +206,9 @@ _ = plot.block_tables(after, ax=right).set(xlim=(0, 6), title="after it appended
 # %%
 answers = {
     fork: slots,
-    sky: sky.append(tokens("Small particles scatter it .")),  # nobody shares its last block now
+    sky: sky.append(
+        tokens("Small particles scatter it .")
+    ),  # nobody shares its last block now
 }
 for sequence, slots in answers.items():
     start, stop = sequence.num_tokens - len(slots), sequence.num_tokens
@@ -199,7 +230,9 @@ for sequence in (sky, fork, moon):
 cache.pool
 
 # %%
-cache.pool.find(tokens(SYSTEM + "Why is the sea salty ?"))  # tokens that would be found
+cache.pool.find(
+    tokens(SYSTEM + "Why is the sea salty ?")
+)  # tokens that would be found
 
 # %% [markdown]
 # Which blocks go first, if room is needed? First those that hold nothing that could be found, and
@@ -213,7 +246,9 @@ film = []
 
 
 def take_picture(title, **sequences):
-    tables = {name: list(one.block_table) for name, one in sequences.items()}
+    tables = {
+        name: list(one.block_table) for name, one in sequences.items()
+    }
     film.append((title, tables, pool.cached_blocks))
 
 
@@ -234,14 +269,26 @@ with pc.EventLog(pool) as log:
         c.append(range(200 + c.num_tokens, 200 + stop))
         take_picture(f"C has {stop} tokens", C=c)
 
-evicted = [event.blocks for _, event in log.entries if isinstance(event, BlockRemoved)]
+evicted = [
+    event.blocks
+    for _, event in log.entries
+    if isinstance(event, BlockRemoved)
+]
 print("evicted, in this order:", *evicted)
 
-# %%
+# %% tags=["hide-input"] jupyter={"source_hidden": true}
 COLOURS = {"A": [], "B": [], "C": []}  # a name keeps its colour
-_, axes = pyplot.subplots(len(film), 1, figsize=(9, 5.6), layout="constrained")
+_, axes = pyplot.subplots(
+    len(film), 1, figsize=(10, 6.2), layout="constrained"
+)
 for ax, (title, tables, found) in zip(axes, film, strict=True):
-    plot.pool({**COLOURS, **tables}, pool.num_blocks, cached=found, columns=12, ax=ax)
+    plot.pool(
+        {**COLOURS, **tables},
+        pool.num_blocks,
+        cached=found,
+        columns=12,
+        ax=ax,
+    )
     ax.set_title(title)
 
 # %% [markdown]
@@ -249,13 +296,14 @@ for ax, (title, tables, found) in zip(axes, film, strict=True):
 # Then an error says so, and nothing is changed, so that a server can try again later.
 
 # %%
-state = pool.statistics
+before = pool.statistics
 try:
     c.append(range(300, 310))
 except pc.PoolExhaustedError as error:
     print(error)
-assert pool.statistics == state
-assert c.num_tokens == 48
+print(
+    "nothing has changed:", pool.statistics == before and c.num_tokens == 48
+)
 
 # %% [markdown]
 # ## To host memory and back
@@ -272,11 +320,20 @@ offloaded = cache.offload(sky)
 other = cache.sequence(range(500, 564))
 prefill(cache, other)
 print(offloaded, cache.pool, sep="\n")
+other_blocks = other.block_table
+print("the other is in blocks", other_blocks)
 
 # %%
 other.free()
 sky = cache.restore(offloaded)
-print(f"was in blocks {was}, is in blocks {sky.block_table}; intact: {intact(cache, sky)}")
+print(
+    f"was in {was}, is in {sky.block_table}; intact: {intact(cache, sky)}"
+)
+
+# %% [markdown]
+# The blocks may be any. That four of them are the same as before is chance: they are the last ones of
+# the other sequence, and of a freed sequence, the last blocks go first. Nothing of `sky` was left in
+# them; `restore` copied all five from host memory.
 
 # %% [markdown]
 # ## A small server
@@ -295,25 +352,33 @@ class Request:
         self.sequence = self.offloaded = None
 
     def done(self):
-        return self.sequence.num_tokens == len(self.prompt) + len(self.answer)
+        return self.sequence.num_tokens == len(self.prompt) + len(
+            self.answer
+        )
 
 
 def make_requests(count=60, seed=3):
     rng = numpy.random.default_rng(seed)
-    systems = [rng.integers(1000, size=size).tolist() for size in (48, 64, 80)]
+    systems = [
+        rng.integers(1000, size=size).tolist() for size in (48, 64, 80)
+    ]
     arrivals = rng.exponential(3, count).cumsum()
     return [
         Request(
             arrival,
-            prompt=systems[rng.integers(3)] + rng.integers(1000, size=rng.integers(6, 24)).tolist(),
+            prompt=systems[rng.integers(3)]
+            + rng.integers(1000, size=rng.integers(6, 24)).tolist(),
             answer=rng.integers(1000, size=rng.integers(16, 64)).tolist(),
         )
         for arrival in arrivals
     ]
 
 
-longest = max(len(each.prompt) + len(each.answer) for each in make_requests())
-print(f"Up to {longest} tokens a request; the cache has room for {NUM_BLOCKS * BLOCK_SIZE}.")
+longest = max(
+    len(each.prompt) + len(each.answer) for each in make_requests()
+)
+room = NUM_BLOCKS * BLOCK_SIZE
+print(f"Up to {longest} tokens a request; the cache has room for {room}.")
 
 
 # %% [markdown]
@@ -343,7 +408,9 @@ class Server:
 # %%
 def admit(server):
     cache, running = server.cache, server.running
-    while cache.pool.num_free > len(running) and (queue := server.offloaded or server.waiting):
+    while cache.pool.num_free > len(running) and (
+        queue := server.offloaded or server.waiting
+    ):
         request = queue[0]
         try:
             if request.offloaded:
@@ -364,7 +431,9 @@ def admit(server):
 # %%
 def make_room(server):
     cache, running = server.cache, server.running
-    while sum(each.sequence.num_tokens % BLOCK_SIZE == 0 for each in running) > cache.pool.num_free:
+    while cache.pool.num_free < sum(
+        each.sequence.num_tokens % BLOCK_SIZE == 0 for each in running
+    ):
         request = running.pop()
         request.offloaded = cache.offload(request.sequence)
         server.offloaded.append(request)
@@ -378,11 +447,21 @@ def make_room(server):
 
 # %%
 def decode(server):
-    cache, sequences = server.cache, [each.sequence for each in server.running]
+    cache, sequences = (
+        server.cache,
+        [each.sequence for each in server.running],
+    )
     positions = [each.num_tokens for each in sequences]
-    ids = [each.answer[each.sequence.num_tokens - len(each.prompt)] for each in server.running]
-    slots = [each.append(token)[0] for each, token in zip(sequences, ids, strict=True)]
-    slots = xp.asarray(numpy.asarray(slots))  # to the device once, for all layers
+    ids = [
+        each.answer[each.sequence.num_tokens - len(each.prompt)]
+        for each in server.running
+    ]
+    slots = [
+        each.append(token)[0]
+        for each, token in zip(sequences, ids, strict=True)
+    ]
+    # To the device once, for all layers.
+    slots = xp.asarray(numpy.asarray(slots))
     k, v = model(ids, positions)
     for layer in range(cache.num_layers):
         cache.write(layer, k, v, slots)
@@ -401,7 +480,7 @@ def finish(server):
 # %%
 def serve(requests, **options):
     server, arriving = Server(**options), deque(requests)
-    with tqdm(total=len(requests), desc="answered") as bar:
+    with tqdm(total=len(requests), desc="answered", file=sys.stdout) as bar:
         while bar.n < len(requests):
             server.step += 1
             while arriving and arriving[0].arrival <= server.step:
@@ -416,19 +495,24 @@ def serve(requests, **options):
 
 
 server = serve(make_requests(), prefix_caching=True)
-print(f"{server.step} steps, {len(server.offloaded_at)} times offloaded and restored")
+print(
+    f"{server.step} steps, "
+    f"{len(server.offloaded_at)} times offloaded and restored"
+)
 print(f"{server.num_intact} of 60 requests were intact when they were done")
 
 # %% [markdown]
 # ## What happened in the pool
 #
-# The log tells how many blocks were used for what. Triangles are the steps in which a request was
-# offloaded, since the pool was full.
+# The log tells how many blocks were used for what. The black triangles above the picture, which are
+# not in its legend, mark the steps in which a request was offloaded, since the pool was full.
 
 # %%
 ax = plot.occupancy(server.log, unit="step")
 steps = server.offloaded_at
-_ = ax.plot(steps, [NUM_BLOCKS + 2] * len(steps), "v", color="black", clip_on=False)
+_ = ax.plot(
+    steps, [NUM_BLOCKS + 2] * len(steps), "v", color="black", clip_on=False
+)
 
 # %% [markdown]
 # The gray blocks are those of the system prompts, which several requests share at a time. If each
@@ -452,12 +536,45 @@ _ = plot.fragmentation(server.log, unit="step")
 
 # %% [markdown]
 # Without blocks, a server must reserve slots for the longest possible sequence for each request.
-# How many of them would have been empty, with the same running requests in each step?
+# How many of them would have been empty, with the same running requests in each step? Here, what
+# several requests share counts for each of them.
 
 # %%
 tokens_held = sum(sum(lengths) for lengths in server.tokens_held)
 reserved = sum(longest * len(lengths) for lengths in server.tokens_held)
-print(f"{1 - tokens_held / reserved:.1%} of the reserved slots would hold no token")
+in_blocks = sum(
+    -(-length // BLOCK_SIZE) * BLOCK_SIZE
+    for lengths in server.tokens_held
+    for length in lengths
+)
+shares = {
+    "blocks": tokens_held / in_blocks,
+    "reserved": tokens_held / reserved,
+}
+
+# %% tags=["hide-input"] jupyter={"source_hidden": true}
+_, ax = pyplot.subplots(figsize=(9, 1.9), layout="constrained")
+full, rest = (
+    [100 * share for share in shares.values()],
+    [100 - 100 * x for x in shares.values()],
+)
+for left, widths, colour, label in (
+    (0, full, plot.HELD, "with a token"),
+    (full, rest, plot.EMPTY, "without a token"),
+):
+    bars = ax.barh(
+        list(shares),
+        widths,
+        left=left,
+        color=colour,
+        edgecolor="black",
+        label=label,
+    )
+    if left == 0:
+        ax.bar_label(bars, fmt="%.0f %%", label_type="center")
+ax.invert_yaxis()
+ax.set(xlim=(0, 100), xlabel="slots of the running requests, %")
+_ = ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 # %% [markdown]
 # ## The same requests without prefix caching
@@ -469,7 +586,10 @@ print(f"{1 - tokens_held / reserved:.1%} of the reserved slots would hold no tok
 without = serve(make_requests(), prefix_caching=False)
 servers = {"With prefix caching": server, "Without": without}
 
-_, axes = pyplot.subplots(2, 1, figsize=(9, 6.4), layout="constrained", sharex=True)
+# %% tags=["hide-input"] jupyter={"source_hidden": true}
+_, axes = pyplot.subplots(
+    2, 1, figsize=(9, 6.4), layout="constrained", sharex=True
+)
 for ax, (name, one) in zip(axes, servers.items(), strict=True):
     plot.occupancy(one.log, unit="step", ax=ax)
     running = numpy.mean([len(lengths) for lengths in one.tokens_held])
@@ -488,4 +608,5 @@ _ = axes[0].set_xlim(0, 1.02 * max(one.step for one in servers.values()))
 
 # %%
 print(f"{without.step / server.step:.2f} times as many steps")
-print(f"{without.num_computed / server.num_computed:.1f} times as many prompt tokens computed")
+more = without.num_computed / server.num_computed
+print(f"{more:.1f} times as many prompt tokens computed")

@@ -121,7 +121,7 @@ class Model:
     Sequences can be as long as `context`.
     """
 
-    def __init__(self, source: ModelFile, xp: Any, context: int) -> None:
+    def __init__(self, source: ModelFile | MadeUp, xp: Any, context: int) -> None:
         def load(*names: str) -> Array:
             return xp.asarray(np.concatenate([source.tensor(f"{name}.weight") for name in names]))
 
@@ -165,6 +165,86 @@ class Model:
         heads = qkv.reshape(len(qkv), -1, self.head_size)
         parts: list[Array] = self.xp.split(heads, [self.heads, self.heads + self.kv_heads], axis=1)
         return parts
+
+
+class MadeUp:
+    """Stands in for a `ModelFile` where there is none: random weights, and tokens are bytes."""
+
+    num_kv_heads, head_size, layers, hidden, inner = 3, 64, 4, 192, 512
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the bytes of a text."""
+        return list(text.encode())
+
+    def field(self, name: str) -> Any:
+        """Return a number that `Model` asks for."""
+        return {
+            "llama.attention.head_count": 3 * self.num_kv_heads,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
+            "llama.block_count": self.layers,
+            "llama.rope.freq_base": 1e4,
+            "tokenizer.ggml.eos_token_id": 0,
+        }[name]
+
+    def tensor(self, name: str) -> Array:
+        """Return ones for a norm, and for a matrix numbers that keep the size of its input."""
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        rows = self.head_size * self.num_kv_heads
+        shapes = {
+            "token_embd": (256, self.hidden),
+            "attn_q": (3 * rows, self.hidden),
+            "attn_k": (rows, self.hidden),
+            "attn_v": (rows, self.hidden),
+            "attn_output": (self.hidden, 3 * rows),
+            "ffn_gate": (self.inner, self.hidden),
+            "ffn_up": (self.inner, self.hidden),
+            "ffn_down": (self.hidden, self.inner),
+        }
+        if kind not in shapes:
+            return np.ones(self.hidden, np.float32)
+        shape = shapes[kind]
+        return self._rng.standard_normal(shape, np.float32) * np.float32(shape[1] ** -0.5)
+
+
+def attend_windows(model: Model, q: Array, k: Array, v: Array, length: int) -> Array:
+    """Let each row attend to the rows before it in its window, and to itself.
+
+    Parameters
+    ----------
+    model : Model
+    q : array
+        ``[rows, heads, head size]``. Each `length` rows are a window.
+    k, v : array
+        ``[rows, KV heads, head size]``, float32 and contiguous.
+
+    Returns
+    -------
+    array
+        ``[rows, heads * head size]``.
+    """
+    xp, windows, (_, kv_heads, size) = model.xp, len(q) // length, k.shape
+    if xp is not np:  # a window is a block
+        tables = xp.arange(windows, dtype=np.int32).repeat(length)[:, None]
+        positions = xp.tile(xp.arange(length, dtype=np.int32), windows)
+        pages = (x.reshape(windows, length, kv_heads, size) for x in (k, v))
+        return model.ops.attention(q, *pages, tables, positions)
+
+    def by_head(x: Array) -> Array:
+        return np.moveaxis(x.reshape(windows, length, kv_heads, -1, size), 1, 3)
+
+    out = np.empty((windows, kv_heads, q.shape[1] // kv_heads, length, size), np.float32)
+    queries, keys, values = by_head(q) * np.float32(size**-0.5), by_head(k), by_head(v)
+    step = 64  # rows at a time, so that what is between stays near the processor
+    for start in range(0, length, step):
+        part, stop = slice(start, start + step), min(start + step, length)
+        scores = queries[..., part, :] @ keys[..., :stop, :].swapaxes(-1, -2)
+        scores[..., np.triu(np.ones(scores.shape[-2:], bool), start + 1)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[..., part, :] = weights @ values[..., :stop, :] / weights.sum(-1, keepdims=True)
+    return np.moveaxis(out, 3, 1).reshape(len(q), -1)
 
 
 def dense_tokens(model: Model, prompt: list[int], new_tokens: int) -> list[int]:

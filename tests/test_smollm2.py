@@ -199,6 +199,29 @@ def test_what_cannot_be_served_is_said(model):
         engine.submit("long", [1] * 10, CONTEXT - 9)
 
 
+def test_windows_attend_as_rows_do():
+    model, rng = smollm2.Model(smollm2.MadeUp(), np, 200), np.random.default_rng(0)
+    for windows, length in [(3, 7), (2, 64), (1, 130)]:
+        rows = windows * length
+        q = rng.standard_normal((rows, 15, 64)).astype(np.float32)[:, :9]
+        k, v = rng.standard_normal((2, rows, 3, 64)).astype(np.float32)
+        tables = np.arange(windows).repeat(length)[:, None]
+        positions = np.tile(np.arange(length), windows)
+        pages = (x.reshape(windows, length, 3, 64) for x in (k, v))
+        expected = model.ops.attention(q, *pages, tables, positions)
+        found = smollm2.attend_windows(model, q, k, v, length)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_made_up_model_reads_bytes():
+    source = smollm2.MadeUp()
+    model = smollm2.Model(source, np, CONTEXT)
+    engine = smollm2.Engine(model, 8, BLOCK_SIZE)
+    request = engine.submit("bytes", source.tokens("Bytes"), 4)
+    run(engine)
+    assert request.generated == smollm2.dense_tokens(model, list(b"Bytes"), 4)
+
+
 # The operations of both kinds on the same numbers
 
 
