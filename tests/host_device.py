@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ class Compiler:
         self.folder = folder
         self.wave = wave
         self.sources = sources or source.folder()
+        self.lock = threading.Lock()
 
     @functools.cache  # noqa: B019 - there is one per session
     def library(self, file, expressions, more=""):
@@ -60,7 +62,7 @@ class Compiler:
                 f"  launch({expression}, blocks, rows, threads, parameters);\n}}"
             )
         text = "\n".join([*lines, ""])
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        flags = ["-std=c++17", "-Og", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
         flags += ["-ffp-contract=off"]  # each operation is rounded once
         flags += ["-fno-gnu-unique"]  # else libraries share what is static in functions of one name
         flags += ["-Wno-unknown-pragmas", "-Wno-unused-function"]  # for unroll; for the shim
@@ -70,14 +72,22 @@ class Compiler:
         program = [shutil.which("g++"), *flags, "-I", self.sources]
         program += [stem.with_suffix(".cpp"), "-o", stem.with_suffix(".so")]
         subprocess.run(program, check=True)
-        return ctypes.CDLL(str(stem.with_suffix(".so")))
+        library = ctypes.CDLL(str(stem.with_suffix(".so")))
+        for number in range(len(expressions)):
+            run = getattr(library, f"run_{number}")
+            run.argtypes, run.restype = [ctypes.c_uint] * 3 + [ctypes.c_void_p], None
+        return library
 
-    def function(self, file, expressions, number, text=""):
-        library = self.library(file, expressions, text)
-        run = getattr(library, f"run_{number}")
-        run.take_deadlocks = getattr(library, "take_deadlocks", lambda: 0)
-        run.argtypes = [ctypes.c_uint] * 3 + [ctypes.c_void_p]
-        run.restype = None
+    def function(self, file, expression, text=""):
+        """Return a function that launches a kernel, which is compiled when it is first called."""
+
+        def run(*arguments):
+            with self.lock:
+                library = self.library(file, (expression,), text)
+            library.run_0(*arguments)
+            take_deadlocks = getattr(library, "take_deadlocks", lambda: 0)
+            assert not take_deadlocks(), "a thread waited for one that does not come"
+
         return run
 
 
@@ -100,8 +110,8 @@ class HostDevice:
 
     def compile(self, file, expressions, text=""):
         return [
-            (expression, self.compiler.function(file, expressions, number, text))
-            for number, expression in enumerate(expressions)
+            (expression, self.compiler.function(file, expression, text))
+            for expression in expressions
         ]
 
     def prepare(self, function, rows, threads, arguments):
@@ -111,8 +121,6 @@ class HostDevice:
         def launch(blocks, stream):
             self.launches.append((expression, (blocks, rows), threads))
             run(blocks, rows, threads, ctypes.addressof(arguments))
-            take_deadlocks = getattr(run, "take_deadlocks", lambda: 0)
-            assert not take_deadlocks(), "a thread waited for one that does not come"
 
         pack = functools.partial(parameters.packer(type(arguments)), arguments, 0)
         return SimpleNamespace(pack=pack, run=launch)
@@ -147,7 +155,7 @@ class HostReport:
         self.address = ctypes.addressof(self.words)
         self.streams = {}
         self._last = LastRow()
-        self._run = compiler.function("common.cuh", (TAKE,), 0)
+        self._run = compiler.function("common.cuh", TAKE)
         self._arguments = kind()
         parameters.packer(kind)(self._arguments, 0, self.address, self.address + 32)
 

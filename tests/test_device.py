@@ -143,7 +143,7 @@ def device(monkeypatch, runtime, compiler):
 
     monkeypatch.setattr(room, "_query", lambda index: limits())
     made = room.CudaDevice(0)
-    take = compiler.function("common.cuh", (TAKE,), 0)
+    take = compiler.function("common.cuh", TAKE)
 
     def launch_to_take(report, taken):
         words = (ctypes.c_uint64 * 2)(report, taken)

@@ -287,6 +287,7 @@ def ones(*shape):
 
 
 BOTH = {"k_scale": ones(1), "v_scale": ones(1)}
+WIDE = np.zeros((5, 4, 3, 16), "int8")
 BAD = {
     "int8 without a scale": (
         {}, {}, ValueError, "k_scale must be given, because k_cache stores int8, which needs one"
@@ -345,7 +346,15 @@ BAD = {
     "an odd head size in int4": (
         {**BOTH, "k": np.ones((6, 3, 7), "bfloat16"), "k_cache": np.zeros((5, 4, 3, 4), "uint8")},
         {"k_format": "int4"}, ValueError,
-        r"k must have the head_size of k_cache, 8, in .* got shape \(6, 3, 7\)",
+        r"k must have the head_size of k_cache, 8, .* 2 .* so it must be a multiple of 2, got",
+    ),
+    "a number for a scale": (
+        {**BOTH, "k_scale": 0.1}, {}, TypeError,
+        "k_scale must be a float32 array of one element, where one scale is for .*, got 0.1",
+    ),
+    "K and V that overlap in each row": (
+        {**BOTH, "k_cache": WIDE[..., :8], "v_cache": WIDE[..., 5:13]}, {}, ValueError,
+        "share memory with k_cache, got .*: each row reaches 3 bytes into one of the other",
     ),
     "another float type without a name": (
         {**BOTH, "k_cache": np.zeros((5, 4, 3, 8), "float32")}, {}, TypeError,
@@ -368,7 +377,6 @@ BAD = {
         {**BOTH, "k_scale": np.broadcast_to(ones(1, 1, 1), (5, 4, 3))}, {}, ValueError,
         "k_scale must not overlap itself",
     ),
-    "a number": ({**BOTH, "k_scale": 3.0}, {}, TypeError, "k_scale must be an array"),
 }  # fmt: skip
 
 
