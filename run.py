@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set up everything and run the demo, the tests, or any other command of the package.
 
-    python3 run.py demo     # or: test, check, bench, ...
+    python3 run.py demo     # or: test, check, docs, bench, ...
 
 Creates a virtual environment in .venv, installs this checkout into it with what the command needs
 (including CuPy for the CUDA version of the driver, if there is one), and runs the command. Later
 runs reuse the environment; `. .venv/bin/activate` activates it in a shell. Requires Python 3.10 or
-newer.
+newer. With the option ``--as-is`` right after the command, nothing is installed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,21 @@ def install(extras: list[str]) -> None:
     subprocess.run([*pip, "-e", f"{ROOT}{wanted}"], check=True)
 
 
+def prepare(command: str) -> None:
+    """Install what a command needs."""
+    cuda = driver_cuda()
+    gpu = [f"cuda{min(cuda, 13)}"] if cuda >= 12 else []
+    if command == "test":
+        # Without a driver, NVRTC still compiles the kernels for every architecture.
+        install(["test", "demo", *(gpu or ["cuda12"])])
+    elif command == "check":
+        install(["dev", "test", "demo"])
+    elif command == "docs":
+        install(["docs"])
+    else:
+        install([extra for extra in ("demo", "bench") if extra == command] + gpu)
+
+
 def main(arguments: list[str]) -> int:
     """Install what the command in the first argument needs, and run it with the other arguments."""
     if sys.version_info < (3, 10):  # noqa: UP036 - older versions can still run this file
@@ -60,14 +75,13 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 2
     command, *rest = arguments
-    cuda = driver_cuda()
-    gpu = [f"cuda{min(cuda, 13)}"] if cuda >= 12 else []
+    if rest[:1] == ["--as-is"]:
+        rest = rest[1:]
+    else:
+        prepare(command)
     if command == "test":
-        # Without a driver, NVRTC still compiles the kernels for every architecture.
-        install(["test", "demo", *(gpu or ["cuda12"])])
         return subprocess.run([PYTHON, "-m", "pytest", *rest], cwd=ROOT, check=False).returncode
     if command == "check":
-        install(["dev", "test", "demo"])
         failed = 0
         sources = sorted(str(path) for pattern in SOURCES for path in ROOT.glob(pattern))
         for check in (*CHECKS, "clang-format -n --Werror"):
@@ -78,7 +92,14 @@ def main(arguments: list[str]) -> int:
             failed |= done.returncode
         print("A check failed." if failed else "All checks passed.")
         return failed
-    install([extra for extra in ("demo", "bench") if extra == command] + gpu)
+    if command == "docs":
+        built = ROOT / "docs" / "_build"
+        sphinx = [PYTHON, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs"]
+        places = ["-d", str(built / "doctrees"), ".", str(built / "html")]
+        code = subprocess.run([*sphinx, *rest, *places], cwd=ROOT, check=False).returncode
+        wrong = "The site has warnings, which count as errors; see above."
+        print(wrong if code else f"The site is {built / 'html' / 'index.html'}")
+        return code
     program = [PYTHON, "-m", "pagedcache", command, *rest]
     return subprocess.run(program, cwd=ROOT, check=False).returncode
 

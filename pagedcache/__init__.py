@@ -63,7 +63,7 @@ from pagedcache.status import (
 from pagedcache.steps import Step, cast, cuda, hadamard, quantize, rms_norm, rope
 from pagedcache.tensors import TensorDescriptor
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendReport",

@@ -183,6 +183,10 @@ class Rules:
                 known, origin = sizes.setdefault(axis, (length, rule.name))
                 if length != known:
                     wanted = f"must have the {axis} of {origin}, {known}, in {axes}"
+                    packed = {each.name: each.packed for each in self.tensors}[origin]
+                    if packed > 1 and axis == rule.axes[-1]:
+                        wanted += f", where {packed} elements share a byte"
+                        wanted += f", so it must be a multiple of {packed}" * (length % packed > 0)
                     raise BadTensorShapeError(rule.name, wanted, f"shape {shape}")
         rows = described[self.counted_by].shape[0]
         for rule in self._present(described):

@@ -4,7 +4,7 @@
 Eager code does not need this module, since `pagedcache.paged_caching` and `pagedcache.paged_gather`
 take tensors as they are. Importing it registers both together with what ``torch.compile`` and
 ``torch.export`` must know: what they write, and that they return nothing. `operator` registers a
-`WriteKernel` or `ReadKernel` of yours in the same way. `pagedcache` does not import this module.
+`WriteKernel` or `ReadKernel` of yours in the same way. ``pagedcache`` does not import this module.
 Requires PyTorch 2.4 or newer.
 
 ``pagedcache.torch.paged_caching(k_cache, v_cache, k, v, slot_mapping, layout=None,

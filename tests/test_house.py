@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ PACKAGE = Path(pc.__file__).parent
 CHECKOUT = Path(__file__).parents[1]
 # From the ground up; each imports those of its own floor and below.
 FLOORS = (
-    {"status", "locks", "display", "environment", "dtypes", "tensors", "rules", "plot"},
+    {"status", "locks", "display", "environment", "dtypes", "tensors", "rules"},
     {"pool"},
     {"arrays"},
     {"backend"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"infiniop", "compat", "torch", "kv_cache"},
     {"transfer"},
     {"__init__"},
-    {"demo", "bench", "__main__"},
+    {"demo", "bench", "plot", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -58,12 +59,25 @@ def test_imports_go_down():
     assert seen == set(FLOOR_OF)
 
 
+def test_architecture_has_the_same_order():
+    if not (CHECKOUT / "ARCHITECTURE.md").exists():
+        pytest.skip("there is no checkout here")
+    page = (CHECKOUT / "ARCHITECTURE.md").read_text("utf-8")
+    house = page.partition("\npagedcache/\n")[2].partition("\ncuda_src/\n")[0]
+    lines = re.findall(r"^  (?! )(.*)", house, re.MULTILINE)
+    rooms = [room for line in lines for room in re.findall(r"(\w+)(?:/|\.py)(?=  )", line)]
+    assert sorted(rooms) == sorted(FLOOR_OF)
+    floors = [FLOOR_OF[room] for room in rooms]
+    assert floors == sorted(floors, reverse=True)
+
+
 def test_every_source_file_names_its_licence():
     if not (CHECKOUT / "pyproject.toml").exists():
         pytest.skip("there is no checkout here")
-    folders = ("pagedcache", "cuda_src", "tests")
+    folders = ("pagedcache", "cuda_src", "tests", "docs")
     files = [path for folder in folders for path in (CHECKOUT / folder).rglob("*")]
     files = [path for path in files if path.suffix in (".py", ".cuh", ".h")]
+    files = [path for path in files if "_build" not in path.parts]
     assert len(files) > 90
     for path in [*files, CHECKOUT / "run.py"]:
         first = path.read_text("utf-8").split("\n", 1)[0]

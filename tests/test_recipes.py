@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of docs/recipes.md, against what the kernels that they replace do.
+"""The recipes of docs/howto/recipes.md, against what the kernels that they replace do.
 
 The kernels are those of the page itself. The references are loops over tokens and heads in plain
 NumPy that use nothing of this package. Whole arrays are compared, byte by byte, with random bytes
@@ -22,7 +22,7 @@ import pagedcache as pc
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.float32
 
-PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "recipes.md").read_text()
 BEFORE, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 TITLES = [section.partition("\n")[0] for section in SECTIONS]
 
