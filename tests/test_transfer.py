@@ -1537,6 +1537,83 @@ def accept_what_fits(here):
     return None
 
 
+# On GPUs
+
+
+def open_on_gpu(here, index, seed, kind):
+    import cupy
+
+    cupy.cuda.Device(index).use()
+    make = np.random.default_rng(seed)
+    here.memory = [cupy.asarray(make.integers(0, 256, (24, 2, 16, 8, 256), np.uint8))]
+    values = here.memory[0].view("bfloat16")
+    heads = slice(2, 4) if kind == "heads" else slice(None)
+    return open_agent(here, [values[:, 0, :, heads], values[:, 1, :, heads]], "", kind == "packed")
+
+
+def open_cache_on_gpu(here, index, tokens):
+    """Return the card of a cache on a GPU, and what is in it of some tokens."""
+    import cupy
+
+    cupy.cuda.Device(index).use()
+    here.cache = pc.KVCache(**CACHE, **STORED, device=f"cuda:{index}")
+    here.sequence = here.cache.sequence(tokens)
+    for layer in range(2) if tokens else ():
+        k = cupy.asarray(rows(tokens, layer))
+        here.cache.write(layer, k, -k, here.cache.slots(here.sequence))
+    return open_agent(here, here.cache), read_on_gpu(here)
+
+
+def read_on_gpu(here):
+    return b"".join(
+        each.get().tobytes() for layer in range(2) for each in here.cache.read(layer, here.sequence)
+    )
+
+
+@needs_nixl
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["contiguous", "packed", "heads"])
+def test_blocks_between_gpus(sides, kind):
+    """Or between two processes on one GPU, if there is only that."""
+    import cupy
+
+    one, other = sides(), sides()
+    last = min(cupy.cuda.runtime.getDeviceCount() - 1, 1)
+    card, theirs = one(open_on_gpu, 0, 1, kind), other(open_on_gpu, last, 2, kind)
+    one(connect, theirs)
+    other(connect, card)
+    ours, theirs = (
+        in_blocks(side(memory), 24)[0].reshape(24, 2, 16, 8, 256) for side in (one, other)
+    )
+    heads = slice(2, 4) if kind == "heads" else slice(None)
+    other.serve_others()
+    one(send, [3, 1, 20], [15, 0, 7])
+    theirs[[15, 0, 7], :, :, heads] = ours[[3, 1, 20], :, :, heads]
+    assert other(memory) == [theirs.tobytes()]
+    other.serve_others()
+    one(fetch, [*range(24)], [*range(23, -1, -1)])
+    ours[::-1, :, :, heads] = theirs[:, :, :, heads]
+    assert one(memory) == [ours.tobytes()]
+    assert other(memory) == [theirs.tobytes()]
+
+
+@needs_nixl
+@pytest.mark.gpu
+def test_a_sequence_between_gpus(sides):
+    import cupy
+
+    one, other = sides(), sides()
+    last = min(cupy.cuda.runtime.getDeviceCount() - 1, 1)
+    tokens = [*range(18)]
+    card, stored = one(open_cache_on_gpu, 0, tokens)
+    one(connect, other(open_cache_on_gpu, last, [])[0])
+    other(connect, card)
+    one(hand_over)
+    assert other(accept, None) == 18
+    assert one(wait_for_offer)
+    assert other(read_on_gpu) == stored
+
+
 # The guide and the bench
 
 
