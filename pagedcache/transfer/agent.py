@@ -310,7 +310,7 @@ class Agent:
             self.closed = True
             return
         try:
-            self._board.words[0, self._open.place] = 0
+            self._board.revoke(self._open)
             for offer in list(self._open_offers.values()):
                 offer.withdraw()
             self.closed = True
