@@ -2203,6 +2203,13 @@ FAULTS = (
         (f"{TRANSFER_TESTS}test_an_offer_that_never_fits_does_not_stop_others",),
     ),
     Fault(
+        "transfer: nobody is told of a withdrawal",
+        f"{TRANSFER}/handover.py",
+        '            self._peer._try_to_send(b"pagedcache withdrawn %d" % self._grant.word)\n',
+        "            pass\n",
+        (f"{TRANSFER_TESTS}test_an_offer_that_was_withdrawn_does_not_stop_others",),
+    ),
+    Fault(
         "transfer: regions of a peer that died stay taken",
         f"{TRANSFER}/packing.py",
         "            staging.free_going += self._regions\n",

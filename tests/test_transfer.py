@@ -1185,8 +1185,8 @@ def poll_until_gone(here):
         assert transfer.receive(here.peer) is None
 
 
-def fill(here):
-    here.sequence = here.cache.sequence(range(1000, 1000 + 4 * here.cache.pool.num_free))
+def fill(here, but=0):
+    here.sequence = here.cache.sequence(range(1000, 1000 + 4 * (here.cache.pool.num_free - but)))
 
 
 def send_to(here, peer):
@@ -1530,10 +1530,25 @@ def test_an_offer_that_never_fits_does_not_stop_others(sides):
     assert other(receive, None) is None
 
 
+@needs_nixl
+def test_an_offer_that_was_withdrawn_does_not_stop_others(sides):
+    one, other = pair(sides)
+    other(fill, 2)  # all but two blocks
+    one(prompt, [*range(18)])
+    one(hand_over)  # five blocks
+    with pytest.raises(pc.PoolExhaustedError):
+        other(accept, None)
+    one(withdraw)
+    one(prompt, [*range(6)])
+    one(hand_over)  # two
+    assert other(accept_what_fits) == 6
+
+
 def accept_what_fits(here):
-    for _ in range(3):
+    for _ in range(200):
         with contextlib.suppress(pc.PoolExhaustedError):
             return accept(here, None)
+        time.sleep(0.01)
     return None
 
 
