@@ -287,6 +287,31 @@ def receive(here, message):
     return here.arrival and (here.arrival.num_found, here.arrival.num_blocks)
 
 
+def receive_all_but_the_word(here, message):
+    """Take an offer until all is fetched but the word that tells whether it still stands."""
+    waiting = []
+    read_the_word = here.peer._is_granted
+
+    def wait_first(*args):
+        waiting.append(True)
+        while waiting:
+            yield
+        return (yield from read_the_word(*args))
+
+    here.peer._is_granted = wait_first
+    receive(here, message)
+    while not waiting:
+        assert not here.arrival.done
+    del here.peer._is_granted
+    here.read_the_word = waiting.clear
+
+
+def read_the_word(here):
+    here.read_the_word()
+    while here.arrival._job._steps is not None:
+        here.arrival._job._step()
+
+
 def arrive(here, timeout=LIMIT):
     here.sequence = here.arrival.wait(timeout)
     return here.sequence.num_cached_tokens
@@ -970,9 +995,10 @@ def test_a_withdrawn_offer_never_gives_wrong_bytes(sides):
     tokens = [*range(18)]
     one(prompt, tokens)
     message = one(offer)
-    other(receive, message)  # all is fetched, but nothing has been looked at
+    other(receive_all_but_the_word, message)
     one(withdraw)
     one(scramble, 1)
+    other(read_the_word)
     with pytest.raises(TransferError, match="peer 'other' has withdrawn its offer") as caught:
         other(arrive)
     assert caught.value.side == "peer"
@@ -988,6 +1014,21 @@ def test_a_withdrawn_offer_never_gives_wrong_bytes(sides):
     with pytest.raises(TransferError, match="withdrawn"):
         other(accept, message)
     assert other(found, [*tokens, 5]) == 0
+
+
+@needs_nixl
+def test_an_offer_that_is_withdrawn_once_all_is_there_has_come(sides):
+    one, other = pair(sides)
+    tokens = [*range(18)]
+    one(prompt, tokens)
+    other(receive_all_but_the_word, one(offer))
+    other(read_the_word)
+    one(withdraw)
+    one(scramble, 1)
+    assert other(arrive) == 18
+    assert other(read).tobytes() == one(read_alone, tokens).tobytes()
+    with pytest.raises(TransferError, match="the offer was withdrawn before it was taken"):
+        one(wait_for_offer)
 
 
 def settled(side, count):
