@@ -674,11 +674,9 @@ class KVCache:
             See `pagedcache.transfer.offer`.
         """
         self._check(sequence)
-        hand_over = getattr(peer, "hand_over", None)
-        if hand_over is None:
-            rule = "must be a Peer, which pagedcache.transfer.Agent.connect returns"
-            raise BadParamTypeError("peer", rule, shown(peer))
-        return hand_over(sequence, num_written=num_written, stream=stream)
+        from pagedcache.transfer.handover import hand_over
+
+        return hand_over(peer, sequence, num_written, stream)
 
     # Helpers
 

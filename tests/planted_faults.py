@@ -2099,14 +2099,14 @@ FAULTS = (
     ),
     Fault(
         "transfer: blocks are sent to a side that was closed",
-        f"{TRANSFER}/agent.py",
+        f"{TRANSFER}/peer.py",
         "        yield from self._must_be_there(EAGER)\n",
         "",
         (f"{TRANSFER_TESTS}test_the_word_that_close_clears_first_is_enough",),
     ),
     Fault(
         "transfer: what was fetched of a side that was closed counts",
-        f"{TRANSFER}/agent.py",
+        f"{TRANSFER}/peer.py",
         "        yield from self._must_be_there()\n\n    def _read",
         "\n    def _read",
         (f"{TRANSFER_TESTS}test_the_word_that_close_clears_first_is_enough",),
@@ -2149,8 +2149,8 @@ FAULTS = (
     Fault(
         "transfer: a cache hands over what was not written",
         KV_CACHE,
-        "hand_over(sequence, num_written=num_written, stream=stream)",
-        "hand_over(sequence, stream=stream)",
+        "hand_over(peer, sequence, num_written, stream)",
+        "hand_over(peer, sequence, None, stream)",
         (f"{TRANSFER_TESTS}test_part_of_a_sequence",),
     ),
     Fault(
@@ -2210,6 +2210,27 @@ FAULTS = (
         (f"{TRANSFER_TESTS}test_an_offer_that_was_withdrawn_does_not_stop_others",),
     ),
     Fault(
+        "transfer: what a transfer has come to is forgotten once somebody has looked",
+        f"{TRANSFER}/peer.py",
+        "        if flight.result:\n            return flight.result\n",
+        "",
+        (f"{TRANSFER_TESTS}test_an_interruption_leaves_other_jobs_alone",),
+    ),
+    Fault(
+        "transfer: regions that were left behind stay taken",
+        f"{TRANSFER}/agent.py",
+        "            self._staging.reclaim()\n",
+        "            pass\n",
+        (f"{TRANSFER_TESTS}test_an_interruption_while_blocks_are_taken",),
+    ),
+    Fault(
+        "transfer: sides that are gone are kept",
+        f"{TRANSFER}/peer.py",
+        "            known.pop(self._id, None)\n",
+        "            pass\n",
+        (f"{TRANSFER_TESTS}test_a_peer_that_has_died",),
+    ),
+    Fault(
         "transfer: regions of a peer that died stay taken",
         f"{TRANSFER}/packing.py",
         "            staging.free_going += self._regions\n",
@@ -2246,7 +2267,7 @@ FAULTS = (
     ),
     Fault(
         "transfer: places of failed reads are lost",
-        f"{TRANSFER}/agent.py",
+        f"{TRANSFER}/peer.py",
         "        except TransferError:\n            board.give_back(here)\n            raise\n",
         "        finally:\n            pass\n",
         (f"{TRANSFER_TESTS}test_failed_transfers_leave_nothing_behind",),

@@ -600,13 +600,19 @@ def test_a_peer_that_has_died(sides, transport, warm):
             one(fetch, [1, 2, 3], [5, 6, 7])
         assert caught.value.side == "peer"
     assert one(memory) == ours
-    again = sides(transport)  # and one that comes after it, with the same name
+    assert one(num_peers) == 0  # it is not kept, since it never comes back
+    again = sides(transport)  # but one may come after it, with the same name
     card, theirs = again(open_arrays, "uint8", 40, 3)
     one(connect, card)
+    assert one(num_peers) == 1
     one(fetch, [1, 2, 3], [5, 6, 7])
     ours, theirs = in_blocks(ours, 40)[0], in_blocks(theirs, 40)[0]
     ours[[5, 6, 7]] = theirs[[1, 2, 3]]
     assert one(memory) == [ours.tobytes()]
+
+
+def num_peers(here):
+    return len(here.agent._peers)
 
 
 BIG = 4096  # blocks of 8,192 bytes: more than sockets hold
@@ -1422,6 +1428,66 @@ def interrupt_next(here):
         raise KeyboardInterrupt
 
     here.peer._state = interrupted
+
+
+@needs_nixl
+def test_an_interruption_leaves_other_jobs_alone(sides):
+    one, other = pair(sides, "tcp")
+    one(scramble_block, 20)
+    one(prompt, [*range(18)])
+    message = one(offer)
+    other(fetch, [23], [23])
+    one.stop()
+    other(receive, message)
+    other(begin_many, "fetch", [(20, 21)])
+    other(interrupt_next)
+    assert other(arrive_or_be_interrupted) == "interrupted"
+    os.kill(one.process.pid, signal.SIGCONT)
+    assert settled(other, 0)
+    other(wait_backwards)
+    assert other(block, 21) == one(block, 20)
+
+
+def arrive_or_be_interrupted(here):
+    try:
+        arrive(here)
+    except KeyboardInterrupt:
+        return "interrupted"
+
+
+@needs_nixl
+def test_an_interruption_while_blocks_are_taken(sides):
+    one, other, ours, theirs = scattered_pair(sides, 4 * IN_BLOCK)
+    for _ in range(5):  # more often than there are regions
+        other(flights)  # it does not serve until it is told to
+        one(begin_many, "fetch", [(3, 4)])
+        one(interrupt_next)
+        other.serve_others()
+        assert one(wait_backwards_or_be_interrupted) == "interrupted"
+        with pytest.raises(TransferError, match="could not take the blocks: Keyboard") as caught:
+            one(wait_backwards)
+        assert caught.value.side == "agent"
+        one(wait_for_regions)
+    other.serve_others()
+    one(fetch, [*range(9)], [*range(9)])
+    copy_scattered(theirs, ours, [(i, i) for i in range(9)])
+    assert one(memory) == [each.tobytes() for each in ours]
+    assert one(goes_on) == (0, 0, 0, 4, 4)
+
+
+def wait_for_regions(here):
+    def free():
+        here.agent.progress()
+        return len(here.agent._staging.free_coming) == 4
+
+    wait_for(free, LIMIT, "regions")
+
+
+def wait_backwards_or_be_interrupted(here):
+    try:
+        wait_backwards(here)
+    except KeyboardInterrupt:
+        return "interrupted"
 
 
 @needs_nixl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agents, which blocks are sent from and to, and their view of each other."""
+"""Agents, which blocks are sent from and to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,36 +22,23 @@ import numpy as np
 from pagedcache.arrays.find import library_of
 from pagedcache.backend.handle import Handle
 from pagedcache.kv_cache import KVCache
-from pagedcache.operators.blocks.pairs import OnDevice, read_blocks
 from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
     DestroyedError,
-    DuplicateBlockError,
-    InvalidBlockError,
     MissingLibraryError,
     shown,
 )
 from pagedcache.transfer import card as cards
 from pagedcache.transfer.board import PLACES, Board
 from pagedcache.transfer.errors import TransferError
-from pagedcache.transfer.jobs import Flight, Job, Steps
-from pagedcache.transfer.packing import (
-    Patience,
-    Push,
-    Staging,
-    Want,
-    gone,
-    message_of,
-    read_message,
-)
+from pagedcache.transfer.packing import Push, Staging, Want, read_message
+from pagedcache.transfer.peer import Peer
 
 if TYPE_CHECKING:
-    from pagedcache.pool import Sequence
-    from pagedcache.tensors import Array
     from pagedcache.transfer.handover import Arrival, Offer
+    from pagedcache.transfer.jobs import Flight, Job, Steps
 
-EAGER = 1e-3  # seconds that `send` may wait for the other side's leave before it returns
 OLDEST = (1, 5)  # the first NIXL that takes strided lists of blocks
 MOST_UNREAD = 1024  # messages of a side that is not connected yet
 MINE = "NIXL_INIT_AGENT"  # NIXL's word for the memory of this side
@@ -376,9 +363,11 @@ class Agent:
             time.sleep(2e-5)
 
     def _advance(self) -> None:
-        """Let go of the blocks of what was given up, once nothing can write to them."""
+        """Let go of what was given up or left behind, once nothing can write to it."""
         for arrival in list(self._given_up):
             arrival._let_go()
+        if self._staging is not None:
+            self._staging.reclaim()
 
     def _read_messages(self) -> None:
         for sender, messages in self._alive().get_new_notifs().items():
@@ -417,332 +406,6 @@ class Agent:
         number = next(self._numbers)
         self._numbered[number] = what
         return number
-
-
-class Peer:
-    """The other side of transfers. `Agent.connect` makes it.
-
-    Attributes
-    ----------
-    name : str
-        That of the other agent.
-    agent : Agent
-        This side.
-    num_blocks : int
-        How many the other side has.
-    """
-
-    def __init__(self, agent: Agent, header: dict[str, Any]) -> None:
-        self.agent, self.name, self._id = agent, str(header["name"]), str(header["id"])
-        self.num_blocks = int(header["num_blocks"])
-        kind, gpu, rows, pieces = header["memory"]
-        self._runs, self._pieces, self._open = len(rows), int(pieces), header["open"]
-        self._patience = Patience(self)
-        self._looking: Steps | None = None
-        self._blocks_there = agent._prepare(self._id, kind, gpu, rows, pieces)
-        row = (header["board"], 8, 8)
-        self._words_there = agent._prepare(self._id, "DRAM", 0, [row], PLACES)
-
-    def send(self, mine: Any, theirs: Any, *, stream: Any = None) -> Job:
-        """Write blocks of this side to blocks of the other side.
-
-        Parameters
-        ----------
-        mine, theirs : list of int, or array of ints on the host
-            As many of each: block ``mine[i]`` here goes to block ``theirs[i]`` there. No block
-            twice in `theirs`.
-        stream : optional
-            The stream of the writes that come before; see `Descriptor.calculate`. The call waits
-            for all that is queued on it, or on the current stream, since neither NIXL nor packing
-            is ordered with it. A `KVCache` makes the copies that forks need before that.
-
-        Returns
-        -------
-        Job
-
-        Raises
-        ------
-        InvalidBlockError, DuplicateBlockError
-            A block does not exist, or is written twice. Nothing was sent.
-        TransferError
-            The other side is gone.
-
-        Notes
-        -----
-        Do not write to these blocks until the job is done, and see that nobody uses those of the
-        other side. Tell it in a way of your own, or use `hand_over`, which does. Between processes
-        of one host, the copy may be made by this call, which then takes as long. If the other side
-        is slow to answer, the copy begins when the job is next looked at.
-        """
-        return self._start("WRITE", mine, theirs, stream)
-
-    def fetch(self, theirs: Any, mine: Any, *, stream: Any = None) -> Job:
-        """Read blocks of the other side into blocks of this side.
-
-        Parameters
-        ----------
-        theirs, mine : list of int, or array of ints on the host
-            As many of each: block ``theirs[i]`` there goes to block ``mine[i]`` here. No block
-            twice in `mine`.
-        stream : optional
-            As in `send`: the call waits for it, so that nothing that was queued before reads the
-            blocks too late. What is queued once the job is done sees the new blocks.
-
-        Returns
-        -------
-        Job
-
-        Raises
-        ------
-        InvalidBlockError, DuplicateBlockError
-            A block does not exist, or is written twice. Nothing was read.
-        TransferError
-            The other side is gone.
-
-        Notes
-        -----
-        Do not use blocks `mine` until the job is done, and see that the other side keeps those of
-        its own as they are. As in `send`, the call may take as long as the copy.
-        """
-        return self._start("READ", mine, theirs, stream)
-
-    def hand_over(
-        self, sequence: Sequence, *, num_written: int | None = None, stream: Any = None
-    ) -> Offer:
-        """Offer a sequence to the other side, and tell it, for `pagedcache.transfer.accept`.
-
-        The other side must be connected to this one. See `KVCache.send`, which is the same.
-
-        Parameters
-        ----------
-        sequence, num_written, stream
-            See `pagedcache.transfer.offer`.
-
-        Returns
-        -------
-        Offer
-
-        Raises
-        ------
-        TransferError
-            The other side is gone.
-        """
-        from pagedcache.transfer.handover import offer
-
-        made = offer(self.agent, sequence, num_written=num_written, stream=stream, peer=self)
-        try:
-            self._send_message(made.message)
-        except BaseException:
-            made.withdraw()
-            raise
-        return made
-
-    # What jobs are made of
-
-    def _start(self, operation: str, mine: Any, theirs: Any, stream: Any) -> Job:
-        agent = self.agent
-        agent._alive()
-        agent.progress()
-        here = _blocks("mine", mine, agent.num_blocks)
-        there = _blocks("theirs", theirs, self.num_blocks)
-        if len(here) != len(there):
-            rule = f"must have as many blocks as mine, {len(here)}"
-            raise BadParamError("theirs", rule, len(there))
-        name, targets = ("theirs", there) if operation == "WRITE" else ("mine", here)
-        _check_once(name, targets)
-        agent._wait_for_writes(stream)
-        steps = self._send if operation == "WRITE" else self._fetch
-        job = self._job(steps(here, there) if len(here) else _nothing(), len(here))
-        job._step()
-        if job.error is not None:
-            raise job.error
-        return job
-
-    def _job(self, steps: Steps, num_blocks: int) -> Job:
-        return Job(self, steps, num_blocks, self.agent.block_bytes * num_blocks)
-
-    def _send(self, here: Array, there: Array) -> Steps:
-        if self.agent.packs:
-            yield from Push(self, here, there, None).steps()
-            return
-        yield from self._must_be_there(EAGER)
-        yield from self._move("WRITE", here, there)
-
-    def _fetch(self, here: Array, there: Array) -> Steps:
-        yield from self._read_blocks(here, there)
-        yield from self._must_be_there()
-
-    def _read_blocks(self, here: Array, there: Array) -> Steps:
-        if self.agent.packs:
-            yield from Want(self, here, there).steps()
-        else:
-            yield from self._move("READ", here, there)
-
-    def _must_be_there(self, patience: float = 0) -> Steps:
-        """Raise if the other side was closed."""
-        place, word = self._open
-        if not (yield from self._is_granted(place, word, patience)):
-            raise gone(self.name)
-
-    def _look(self) -> None:
-        """Ask now and then whether the other side is there.
-
-        Raises
-        ------
-        TransferError
-            It is gone.
-        """
-        self._looking = self._looking or self._patience.steps(0)
-        try:
-            next(self._looking)
-        except StopIteration:
-            self._looking = None
-        except TransferError:
-            self._looking = None
-            raise
-
-    def _is_granted(
-        self, place: int, word: int, patience: float = 0
-    ) -> Generator[None, None, bool]:
-        """Return whether the other side still has a word on its board."""
-        board = self.agent._board
-        here = board.take_place()
-        try:
-            read = np.array([here]), np.array([place])
-            yield from self._move("READ", *read, patience, of_board=True)
-        except TransferError:
-            board.give_back(here)
-            raise
-        found = int(board.words[1, here])
-        board.give_back(here)
-        return found == word
-
-    def _move(
-        self,
-        operation: str,
-        here: Array,
-        there: Array,
-        patience: float = 0,
-        *,
-        of_board: bool = False,
-    ) -> Steps:
-        """Start a transfer of NIXL, and wait for it, at first without a pause."""
-        flight = self._post(operation, here, there, of_board=of_board)
-        end = time.monotonic() + patience if patience else 0
-        while not self._landed(flight):
-            if not end or time.monotonic() > end:
-                yield
-
-    # What is raised refers to frames of these calls, and NIXL could not stop while they refer to
-    # NIXL. So what does returns errors.
-
-    def _post(self, operation: str, here: Array, there: Array, *, of_board: bool) -> Flight:
-        made = self._try_to_post(operation, here, there, of_board=of_board)
-        if isinstance(made, TransferError):
-            raise made
-        return made
-
-    def _landed(self, flight: Flight) -> bool:
-        landed = self._state(flight)
-        if isinstance(landed, TransferError):
-            raise landed
-        return landed
-
-    def _tell(self, kind: str, header: dict[str, Any], blocks: Array) -> None:
-        self._send_message(message_of(kind, header, blocks))
-
-    def _send_message(self, message: bytes) -> None:
-        if failed := self._try_to_send(message):
-            raise failed
-
-    def _try_to_post(
-        self, operation: str, here: Array, there: Array, *, of_board: bool
-    ) -> Flight | TransferError:
-        agent = self.agent
-        flight: Flight | None = None
-        if of_board:
-            sides = [(agent._words_here, here), (self._words_there, there)]
-        else:
-            runs = np.arange(self._runs)[:, None]
-            sides = [
-                (agent._blocks_here, runs * agent._pieces + here),
-                (self._blocks_there, runs * self._pieces + there),
-            ]
-        try:
-            pieces = [(prepared, index.ravel().astype(np.int32)) for prepared, index in sides]
-            flight = Flight(agent._alive().make_prepped_xfer(operation, *pieces[0], *pieces[1]))
-            agent._flights.add(flight)  # before it begins, in case this is interrupted
-            state: Any = agent._alive().transfer(flight.handle)
-        except Exception as error:
-            state = error
-        if state == "ERR" or isinstance(state, Exception):
-            if flight is not None:
-                agent._flights.discard(flight)
-                flight.handle = None
-            return self._failure(state)
-        assert flight is not None
-        return flight
-
-    def _state(self, flight: Flight) -> bool | TransferError:
-        agent = self.agent
-        try:
-            state = agent._alive().check_xfer_state(flight.handle)
-        except DestroyedError:
-            raise
-        except Exception as error:
-            state = error
-        if state not in ("DONE", "ERR") and not isinstance(state, Exception):
-            return False
-        agent._flights.discard(flight)
-        flight.handle = None  # the last reference, so NIXL frees it
-        return True if state == "DONE" else self._failure(state)
-
-    def _ended(self, flight: Flight) -> bool:
-        """Return whether a transfer that somebody left behind has ended, in whatever way."""
-        return flight.handle is None or bool(self._state(flight))
-
-    def _try_to_send(self, message: bytes) -> TransferError | None:
-        try:
-            self.agent._alive().send_notif(self._id, message)
-        except DestroyedError:
-            raise
-        except Exception as error:
-            return self._failure(error)
-        return None
-
-    def _failure(self, cause: object) -> TransferError:
-        name = type(cause).__name__
-        if name == "nixlRemoteDisconnectError":
-            self.agent._inbox.pop(self._id, None)
-            return gone(self.name)
-        said = f"{name}: {shown(cause, str)}" if isinstance(cause, Exception) else cause
-        rule = f"failed: NIXL says {said}"
-        return TransferError(f"the transfer with peer {self.name!r}", rule)
-
-    def __repr__(self) -> str:
-        return f"<pagedcache.transfer.Peer {self.name!r}: {self.num_blocks} blocks>"
-
-
-def _blocks(name: str, blocks: Any, count: int) -> Array:
-    """Return a list of blocks that exist."""
-    found = read_blocks(name, blocks, 1)
-    if isinstance(found, OnDevice):
-        raise BadParamError(name, "must be on the host", f"an array on {found.tensor.device}")
-    wrong = np.flatnonzero((found < 0) | (found >= count))
-    if wrong.size:
-        raise InvalidBlockError(name, "", int(wrong[0]), int(found[wrong[0]]), count, wrong.size)
-    return found
-
-
-def _check_once(name: str, blocks: Array) -> None:
-    found, times = np.unique(blocks, return_counts=True)
-    if len(found) != len(blocks):
-        rule = "must not have one block twice, since either could be what ends up there"
-        raise DuplicateBlockError(name, rule, f"block {int(found[times > 1][0])}")
-
-
-def _nothing() -> Steps:
-    yield from ()
 
 
 def _keep_for_ever() -> None:

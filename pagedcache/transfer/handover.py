@@ -27,7 +27,7 @@ from pagedcache.status import (
     as_int,
     shown,
 )
-from pagedcache.transfer.agent import Agent, Peer
+from pagedcache.transfer.agent import Agent
 from pagedcache.transfer.card import from_bytes, to_bytes
 from pagedcache.transfer.errors import (
     TransferError,
@@ -35,6 +35,7 @@ from pagedcache.transfer.errors import (
     check_timeout,
     wait_for,
 )
+from pagedcache.transfer.peer import Peer
 
 if TYPE_CHECKING:
     from pagedcache.kv_cache import KVCache
@@ -298,9 +299,8 @@ def offer(
     *,
     num_written: int | None = None,
     stream: Any = None,
-    peer: Peer | None = None,
 ) -> Offer:
-    """Offer a sequence to another side.
+    """Offer a sequence to any side that is given the message.
 
     Parameters
     ----------
@@ -312,8 +312,6 @@ def offer(
         How many of its tokens, from the front, have their K and V in the cache. By default, all.
     stream : optional
         The stream of the writes. The call waits for all that is queued on it; see `Peer.send`.
-    peer : Peer, optional
-        Who will be given the message, so that it is noticed if that side is gone.
 
     Returns
     -------
@@ -324,6 +322,23 @@ def offer(
     ------
     PagedCacheError
     """
+    return _offer(agent, sequence, num_written, stream, None)
+
+
+def hand_over(peer: Peer, sequence: Sequence, num_written: int | None, stream: Any) -> Offer:
+    """Offer a sequence to one side, and tell it; see `KVCache.send`."""
+    made = _offer(_check_peer(peer).agent, sequence, num_written, stream, peer)
+    try:
+        peer._send_message(made.message)
+    except BaseException:
+        made.withdraw()
+        raise
+    return made
+
+
+def _offer(
+    agent: Agent, sequence: Sequence, num_written: int | None, stream: Any, peer: Peer | None
+) -> Offer:
     cache = _cache_of(agent)
     agent._alive()
     if not isinstance(sequence, Sequence):
@@ -352,7 +367,7 @@ def receive(peer: Peer, message: bytes | None = None, *, stream: Any = None) -> 
         Of an agent of a `KVCache`.
     message : bytes, optional
         `Offer.message` of the other side. By default, the next sequence that it has handed over,
-        see `Peer.hand_over`.
+        see `KVCache.send`.
     stream : optional
         See `Peer.fetch`.
 

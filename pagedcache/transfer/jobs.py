@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pagedcache.transfer.errors import TransferError, wait_for
 
 if TYPE_CHECKING:
-    from pagedcache.transfer.agent import Peer
+    from pagedcache.transfer.peer import Peer
 
 Steps: TypeAlias = "Generator[None, None, None]"
 
@@ -19,14 +19,23 @@ class Flight:
 
     Attributes
     ----------
+    peer : Peer
     handle : object or None
         NIXL's; None once it has ended, or its agent was closed.
+    result : bool or TransferError
+        False while it goes on, then True or why it failed.
     """
 
-    __slots__ = ("handle",)
+    __slots__ = ("handle", "peer", "result")
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+    def __init__(self, peer: Peer, handle: Any) -> None:
+        self.peer, self.handle = peer, handle
+        self.result: bool | TransferError = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, in whatever way, so that memory is not touched any more."""
+        return self.handle is None or bool(self.peer._state(self))
 
 
 class Job:
@@ -90,7 +99,7 @@ class Job:
         """Return whether memory may still be read and written."""
         if not self.peer.agent.packs:
             self._step()
-        self._left_behind = [each for each in self._left_behind if not self.peer._ended(each)]
+        self._left_behind = [each for each in self._left_behind if not each.ended]
         return self._steps is not None or bool(self._left_behind)
 
     def wait(self, timeout: float | None = None) -> None:

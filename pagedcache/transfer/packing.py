@@ -26,8 +26,9 @@ from pagedcache.transfer.errors import TransferError
 
 if TYPE_CHECKING:
     from pagedcache.tensors import Array
-    from pagedcache.transfer.agent import Agent, Peer
-    from pagedcache.transfer.jobs import Steps
+    from pagedcache.transfer.agent import Agent
+    from pagedcache.transfer.jobs import Flight, Steps
+    from pagedcache.transfer.peer import Peer
 
 STAGING = 32 << 20  # bytes at most, once for blocks that go and once for those that come
 REGIONS = 4  # of each of them, so that one is packed while another is on its way
@@ -50,6 +51,8 @@ class Staging:
         Addresses.
     free_going, free_coming : list of int
         The first slots of free regions.
+    left_behind : list of (int, list of Flight)
+        Regions that were being read to when this was interrupted, and transfers that may still do.
     ranges : list of (int, int)
         Address and bytes of this memory.
     """
@@ -80,6 +83,14 @@ class Staging:
         self.unpack = BlockDescriptor.create(views[1], arrays).copy
         regions = range(0, self.count, self.room)
         self.free_going, self.free_coming = [*regions], [*regions]
+        self.left_behind: list[tuple[int, list[Flight]]] = []
+
+    def reclaim(self) -> None:
+        """Free regions of what comes that were left behind, once nothing can write to them."""
+        for each in self.left_behind[:]:
+            if all(flight.ended for flight in each[1]):
+                self.left_behind.remove(each)
+                self.free_coming.append(each[0])
 
 
 class Push:
@@ -217,8 +228,11 @@ def take(peer: Peer, header: dict[str, Any], slots: Array, targets: Array) -> St
                 unpacked = agent._device.mark(agent._stream)
                 while not unpacked():
                     yield
-            except Exception:
-                staging.free_coming.append(first)  # after an interruption it may still be read to
+            except (Exception, GeneratorExit):
+                staging.free_coming.append(first)
+                raise
+            except BaseException:  # an interruption, so it may still be read to
+                staging.left_behind.append((first, [*agent._flights]))
                 raise
             staging.free_coming.append(first)
             if isinstance(want, Want):
@@ -301,12 +315,3 @@ def read_message(agent: Agent, peer: Peer, message: bytes) -> None:
 def message_of(kind: str, header: dict[str, Any], blocks: Array) -> bytes:
     """Return a message for the other side."""
     return to_bytes(kind, header, blocks.astype("<i4").tobytes())
-
-
-def gone(name: str) -> TransferError:
-    """Return what to raise for a side that is not there any more."""
-    rule = (
-        "is gone: its process has ended, its agent was closed, or the network failed; "
-        "connect to the card of a new agent"
-    )
-    return TransferError(f"peer {name!r}", rule, "peer")
