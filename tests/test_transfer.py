@@ -721,6 +721,7 @@ def test_the_word_that_close_clears_first_is_enough(sides):
     one(fetch, [1], [2])
     other(begin_to_close)
     for function in (send, fetch):
+        one(connect, card)
         with pytest.raises(TransferError, match="peer 'other' is gone") as caught:
             one(function, [3, 4], [5, 6])
         assert caught.value.side == "peer"
@@ -1609,13 +1610,21 @@ def serving(here):
 
 
 def fail_at_second_unpack(here):
-    unpack = here.agent._staging.unpack
-    here.broken, times = ("unpack", unpack), iter([0, 1, 1, 1])
+    """Let all unpacking but the first fail, and that one end after the second has failed."""
+    unpack, mark = here.agent._staging.unpack, here.agent._device.mark
+    here.broken, calls = ("unpack", unpack), []
 
     def fail(*args, **options):
-        unpack(*args, **options) if not next(times) else 1 / 0
+        calls.append(args)
+        unpack(*args, **options) if len(calls) == 1 else 1 / 0
 
-    here.agent._staging.unpack = fail
+    def end_late(stream):
+        if len(calls) != 1:
+            return mark(stream)
+        looks = iter([False] * 5)
+        return lambda: len(calls) > 1 and next(looks, True)
+
+    here.agent._staging.unpack, here.agent._device.mark = fail, end_late
 
 
 @needs_nixl
