@@ -674,9 +674,11 @@ class KVCache:
             See `pagedcache.transfer.offer`.
         """
         self._check(sequence)
-        from pagedcache.transfer.handover import hand_over
-
-        return hand_over(peer, sequence, num_written, stream)
+        hand_over = getattr(peer, "_hand_over", None)  # transfers know caches, not the reverse
+        if hand_over is None:
+            rule = "must be a Peer, which pagedcache.transfer.Agent.connect returns"
+            raise BadParamTypeError("peer", rule, shown(peer))
+        return hand_over(sequence, num_written, stream)
 
     # Helpers
 

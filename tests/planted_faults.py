@@ -2149,8 +2149,8 @@ FAULTS = (
     Fault(
         "transfer: a cache hands over what was not written",
         KV_CACHE,
-        "hand_over(peer, sequence, num_written, stream)",
-        "hand_over(peer, sequence, None, stream)",
+        "hand_over(sequence, num_written, stream)",
+        "hand_over(sequence, None, stream)",
         (f"{TRANSFER_TESTS}test_part_of_a_sequence",),
     ),
     Fault(

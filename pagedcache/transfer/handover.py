@@ -58,10 +58,25 @@ class Offer:
     """
 
     def __init__(
-        self, agent: Agent, sequence: Sequence, num_written: int, peer: Peer | None
+        self,
+        agent: Agent,
+        sequence: Sequence,
+        num_written: int | None,
+        stream: Any,
+        peer: Peer | None,
     ) -> None:
-        size = _cache_of(agent).block_size
-        table = sequence.block_table[: -(-num_written // size)]
+        cache = _cache_of(agent)
+        agent._alive()
+        if not isinstance(sequence, Sequence):
+            raise BadParamTypeError("sequence", "must be a Sequence", shown(sequence))
+        if sequence.pool is not cache.pool:
+            raise BadParamError("sequence", "must be one of the cache of agent", shown(sequence))
+        count = sequence.num_tokens
+        if num_written is not None:
+            rule = "the number of tokens, "
+            count = as_int("num_written", num_written, 0, count, rule)
+        agent._wait_for_writes(stream)
+        table = sequence.block_table[: -(-count // cache.block_size)]
         self._agent, self._peer, self._grant = agent, peer, agent._board.grant()
         self._held: Sequence | None = sequence.fork()
         self._answer = _answer(self._grant.word)
@@ -72,7 +87,7 @@ class Offer:
             "agent": agent._id,
             "grant": self._grant,
             "key": sequence.key.hex(),
-            "num_written": num_written,
+            "num_written": count,
             "blocks": table,
         }
         tokens = np.asarray(sequence.token_ids, "<i4").tobytes()
@@ -322,35 +337,7 @@ def offer(
     ------
     PagedCacheError
     """
-    return _offer(agent, sequence, num_written, stream, None)
-
-
-def hand_over(peer: Peer, sequence: Sequence, num_written: int | None, stream: Any) -> Offer:
-    """Offer a sequence to one side, and tell it; see `KVCache.send`."""
-    made = _offer(_check_peer(peer).agent, sequence, num_written, stream, peer)
-    try:
-        peer._send_message(made.message)
-    except BaseException:
-        made.withdraw()
-        raise
-    return made
-
-
-def _offer(
-    agent: Agent, sequence: Sequence, num_written: int | None, stream: Any, peer: Peer | None
-) -> Offer:
-    cache = _cache_of(agent)
-    agent._alive()
-    if not isinstance(sequence, Sequence):
-        raise BadParamTypeError("sequence", "must be a Sequence", shown(sequence))
-    if sequence.pool is not cache.pool:
-        raise BadParamError("sequence", "must be one of the cache of agent", shown(sequence))
-    num_tokens = sequence.num_tokens
-    written = num_tokens
-    if num_written is not None:
-        written = as_int("num_written", num_written, 0, num_tokens, "the number of tokens, ")
-    agent._wait_for_writes(stream)
-    return Offer(agent, sequence, written, peer)
+    return Offer(agent, sequence, num_written, stream, None)
 
 
 def receive(peer: Peer, message: bytes | None = None, *, stream: Any = None) -> Arrival | None:

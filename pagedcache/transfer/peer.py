@@ -23,8 +23,10 @@ from pagedcache.transfer.jobs import Flight, Job, Steps
 from pagedcache.transfer.packing import Patience, Push, Want, message_of
 
 if TYPE_CHECKING:
+    from pagedcache.pool import Sequence
     from pagedcache.tensors import Array
     from pagedcache.transfer.agent import Agent
+    from pagedcache.transfer.handover import Offer
 
 EAGER = 1e-3  # seconds that `send` may wait for the other side's leave before it returns
 
@@ -116,7 +118,19 @@ class Peer:
         """
         return self._start("READ", mine, theirs, stream)
 
-    # What jobs are made of
+    # What jobs and offers are made of
+
+    def _hand_over(self, sequence: Sequence, num_written: int | None, stream: Any) -> Offer:
+        """Offer a sequence to the other side, and tell it; see `KVCache.send`."""
+        from pagedcache.transfer.handover import Offer
+
+        made = Offer(self.agent, sequence, num_written, stream, self)
+        try:
+            self._send_message(made.message)
+        except BaseException:
+            made.withdraw()
+            raise
+        return made
 
     def _start(self, operation: str, mine: Any, theirs: Any, stream: Any) -> Job:
         agent = self.agent
