@@ -24,6 +24,12 @@ with contextlib.suppress(ImportError):
     import torch  # noqa: F401 - which cannot be imported once `AsCupy` stands where CuPy stands
 
 
+@pytest.fixture(autouse=True)
+def few_sets(monkeypatch):
+    """Let small cases have few sets of inputs, which is enough where no time counts."""
+    monkeypatch.setattr("pagedcache.bench.case.MOST_SETS", 16)
+
+
 def run(*options):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)

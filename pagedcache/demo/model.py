@@ -55,10 +55,8 @@ class ModelFile:
 
     def __init__(self, path: Path) -> None:
         require_readers()
-        import gguf
-
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _read(path)
             self._fields = reader.fields
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
             self._expect("general.architecture", "llama")
@@ -159,6 +157,18 @@ class ModelFile:
             ]
         )
         return tokenizer
+
+
+def _read(path: Path) -> Any:
+    """Return gguf's reader of a file."""
+    import gguf
+
+    # It takes some 250,000 slices, each of which costs three times as much of a memmap.
+    plain = property(
+        lambda self: self.__dict__["data"],
+        lambda self, file: self.__dict__.update(data=np.asarray(file)),
+    )
+    return type("Reader", (gguf.GGUFReader,), {"data": plain})(path)
 
 
 def require_readers() -> None:
