@@ -362,6 +362,15 @@ def test_what_bad_sizes_get(change, kind, words):
     assert isinstance(error.value, kind)
 
 
+@pytest.mark.parametrize("name", ["meta", "cuda"])
+def test_a_device_of_pytorch_that_cannot_be_used(name):
+    torch = pytest.importorskip("torch")
+    if name == "cuda" and pc.backends()["cuda"].usable:
+        pytest.skip("it can be used here")
+    with pytest.raises(pc.PagedCacheError, match=name):
+        pc.KVCache(**GOOD, device=torch.device(name))
+
+
 def test_what_bad_calls_get():
     place = Place("numpy")
     cache, other = make(place, host_blocks=2), make(place)

@@ -230,6 +230,7 @@ def memory_on(device: Any, default: Callable[[str | None], str]) -> Memory:
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(device, torch.device):
+        default(str(device))  # says more than PyTorch if it cannot be used
         return TorchMemory(torch, device)
     if device is not None and not isinstance(device, str):
         rule = "must be a name such as 'cuda:0', a torch.device, or None"
