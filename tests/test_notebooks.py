@@ -56,7 +56,7 @@ def test_installs_in_one_cell(name):
 
 
 def test_numbers_of_04_are_those_of_the_notes():
-    notes = (NOTEBOOKS.parent / "notes" / "performance.md").read_text("utf-8")
+    notes = (NOTEBOOKS.parent / "notes" / "writes.md").read_text("utf-8")
     numbers = re.search(r"launch, wait first \|.*\| ([\d. /]+) \| ([\d. /]+) \|", notes).groups()
     script = (NOTEBOOKS / "04_speed.py").read_text("utf-8")
     for name, row in zip(("without", "with"), numbers, strict=True):

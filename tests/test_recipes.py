@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of docs/howto/recipes.md, against what the kernels that they replace do.
+"""Recipes and ideas of docs/howto, against what the kernels that they replace do.
 
-The kernels are those of the page itself. The references are loops over tokens and heads in plain
-NumPy that use nothing of this package. Whole arrays are compared, byte by byte, with random bytes
-in all slots that stay as they are. Where another project approximates (``rsqrtf``, divisions of
-Triton and of ``-use_fast_math``, fused multiply-adds), the reference uses exact arithmetic. Where
-it adds up a row in an order of its own, elements are eighths, whose sums are exact in any order.
+The kernels are those of the pages themselves. The references are loops over tokens and heads in
+plain NumPy that use nothing of this package. Whole arrays are compared, byte by byte, with random
+bytes in all slots that stay as they are. Where another project approximates (``rsqrtf``, divisions
+of Triton and of ``-use_fast_math``, fused multiply-adds), the reference uses exact arithmetic.
+Where it adds up a row in an order of its own, elements are eighths, whose sums are exact in any
+order.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import pagedcache as pc
 BF16, E4M3 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.float32
 
-PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "recipes.md").read_text()
-BEFORE, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+HOWTO = Path(__file__).parents[1] / "docs" / "howto"
+PAGES = [(HOWTO / name).read_text("utf-8") for name in ("recipes.md", "ideas_from_papers.md")]
+SECTIONS = [part for page in PAGES for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]]
+SETUPS = [page.partition("\n## ")[0] for page in PAGES]
 TITLES = [section.partition("\n")[0] for section in SECTIONS]
 
 BLOCKS, BLOCK_SIZE = 4, 16
@@ -33,13 +36,22 @@ TOKENS = len(SLOTS)
 
 
 def run(title):
-    """Run the code of a recipe, after that at the top of the page, and return its names."""
+    """Run the code of a recipe, after that at the top of its page, and return its names."""
     (section,) = (each for each in SECTIONS if each.startswith(title))
     names = {}
-    for text in (BEFORE, section):
-        for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            exec(compile(code, f"recipes.md: {title}", "exec"), names)
+    for text in (SETUPS[0], section):
+        for code in code_of(text):
+            exec(compile(code, f"recipes: {title}", "exec"), names)
     return names
+
+
+def code_of(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_all_pages_begin_with_the_same_arrays():
+    assert code_of(SETUPS[0]) == code_of(SETUPS[1])
+    assert len(code_of(SETUPS[0])) == 1
 
 
 @pytest.fixture

@@ -34,6 +34,24 @@ ITEM = re.compile(r"   (?P<item>pagedcache[\w.]*)$")
 DIRECTIVE = re.compile(r"\.\. (?P<kind>auto\w+|py:function|currentmodule):: (?P<name>[\w.]+)")
 
 
+def site_pages():
+    """Return the pages of text; notebooks are for running."""
+    parts = ("docs", "notes")
+    found = [path for part in parts for path in (DOCS.parent / part).rglob("*.md")]
+    named = [path.relative_to(DOCS.parent).as_posix() for path in found]
+    return {"ARCHITECTURE.md", "SECURITY.md", *named} - {
+        each for each in named if each.startswith("docs/_build")
+    }
+
+
+WORDS = 2300  # that are read in ten minutes, code included
+
+
+@pytest.mark.parametrize("page", sorted(site_pages()))
+def test_no_page_takes_more_than_ten_minutes(page):
+    assert len((DOCS.parent / page).read_text("utf-8").split()) <= WORDS
+
+
 def public_names():
     """Return the public names, each with the module that users have it from."""
     found = {}

@@ -39,6 +39,7 @@ PAGES = [
 ]
 IDS = [path.relative_to(ROOT).as_posix() for path in PAGES]
 ELSEWHERE = {
+    "docs/howto/ideas_from_papers.md": "test_recipes.py",
     "docs/howto/recipes.md": "test_recipes.py",  # each section for itself, with what it writes
     "docs/howto/two_hosts.md": "test_transfer.py",  # in two processes
 }

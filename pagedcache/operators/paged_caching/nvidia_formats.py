@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pagedcache.operators.paged_caching.info import PagedCachingInfo
 
 FILE = "paged_storing.cuh"
-# Measured on an H200 (notes/performance.md, "Quantised pages"); 206, 412 and 2,268 tokens of
+# Measured on an H200 (notes/formats.md); 206, 412 and 2,268 tokens of
 # 8 x 128 there.
 STEPS = (
     Step(100, 64, True, 16),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pagedcache.operators.paged_gather.info import PagedGatherInfo
 
 FILE = "paged_gather.cuh"
-# Measured on an H200 (notes/performance.md, "Quantised pages"): 206 tokens of 8 x 128.
+# Measured on an H200 (notes/formats.md): 206 tokens of 8 x 128.
 STEPS = (Step(100, 64, True, 16), Step(math.inf, 128, False, 16))
 
 

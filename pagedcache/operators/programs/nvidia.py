@@ -59,7 +59,7 @@ class Step(NamedTuple):
     ahead: bool
 
 
-# Measured on an H200 (notes/performance.md, "Writes with steps"): with 8 KV heads of 128, 1,134
+# Measured on an H200 (notes/steps.md): with 8 KV heads of 128, 1,134
 # tokens; with 32 query heads too, 20 tokens, and 687 where threads wait for each other, which more
 # of them hide.
 STEPS = (Step(2200, 256, 1, True), Step(math.inf, 128, MOST_HEADS, False))
