@@ -2089,6 +2089,13 @@ FAULTS = (
         "",
         ("test_pool.py", "test_pool_model.py"),
     ),
+    Fault(
+        "copies of blocks on the CPU: only what fits the temporary is copied",
+        "pagedcache/operators/blocks/cpu.py",
+        "for first in range(0, len(pairs), at_once):",
+        "for first in range(0, min(len(pairs), at_once), at_once):",
+        ("test_blocks.py",),
+    ),
     # Other processes
     Fault(
         "transfer: a word is not cleared",

@@ -13,6 +13,7 @@ from host_device import HostDevice
 
 import pagedcache as pc
 from pagedcache.arrays.find import adopt
+from pagedcache.operators.blocks import cpu
 from pagedcache.operators.blocks.arrays import make_arrays
 from pagedcache.operators.blocks.pairs import OnDevice, invalid_on_device
 
@@ -106,7 +107,9 @@ def on_host(compiler, case):
     return BlockCopy(make_arrays(case.sources, case.targets), device, report, warps=16), report
 
 
-def test_random_cases_in_numpy():
+@pytest.mark.parametrize("at_once", [cpu.AT_ONCE, 100])
+def test_random_cases_in_numpy(monkeypatch, at_once):
+    monkeypatch.setattr(cpu, "AT_ONCE", at_once)
     for seed in range(SEEDS):
         case = Case(seed)
         wanted = case.expect()

@@ -70,8 +70,9 @@ class Agent:
     pack : bool
         Whether to pack blocks that are contiguous, too, on both sides. Between two H200, blocks of
         32 KiB arrived five to eight times as fast, and those of 2 MiB a quarter to an eighth as
-        fast (``notes/blocks.md``). It takes up to 32 MiB of memory on the device for each
-        direction, or a block if that is larger.
+        fast; on CPUs, those of 4 KiB one and a half times to twice as fast, larger ones more slowly
+        (``notes/blocks.md``). It takes up to 32 MiB of memory on the device for each direction, or
+        a block if that is larger.
 
     Attributes
     ----------

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pagedcache.backend.cpu import CpuDevice, CpuReport
     from pagedcache.operators.blocks.arrays import BlockArrays
 
-AT_ONCE = 1 << 25
-"""Bytes of a temporary, which NumPy needs to copy by index."""
+AT_ONCE = 1 << 20
+"""Bytes of a temporary, which NumPy needs to copy by index, so that it stays in a cache."""
 
 
 class BlockCopy:
