@@ -49,6 +49,7 @@ _HEADS = (*_HUES, INVALID, "black")
 _FONT = 10  # points
 _SMALL = 7  # points, the number of a slot, and what is written upwards
 _MARK = 3  # points, the line around a slot
+_NARROWEST = 4.5  # inches, so that a title fits
 _STRIP = 0.22  # of the height of a cell, what is hatched
 _GAP = 0.5  # between blocks that are not neighbours
 _FOUND = "free, but can be found"
@@ -341,7 +342,7 @@ def block(
                 labels[row], row = f"{start:,}", row + 1
 
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(11, 1.2 + 0.42 * row))
+        _, ax = pyplot.subplots(figsize=(11, 1.2 + 0.42 * row), layout="constrained")
     hatches = dict(zip(tensors, itertools.cycle(_HATCHES), strict=False))
     extent = ax.get_window_extent()
     points, height = (each * 72 / ax.figure.dpi for each in (extent.width, extent.height / row))
@@ -660,7 +661,8 @@ def _stack(
 
 def _axes(ax: Axes | None, columns: int, rows: int) -> Axes:
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(1.2 + 0.5 * columns, 0.9 + 0.5 * max(rows, 1)))
+        size = max(1.2 + 0.5 * columns, _NARROWEST), 0.9 + 0.5 * max(rows, 1)
+        _, ax = pyplot.subplots(figsize=size, layout="constrained")
     ax.set_aspect("equal")
     return ax
 
@@ -694,6 +696,7 @@ def _cell(
     ax: Axes, column: int, row: float, text: str, colour: str, hatch: str = "", width: int = 1
 ) -> None:
     style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5}
+    style["clip_on"] = False  # or else half of an outer line is cut off
     ax.add_patch(Rectangle((column, row), width, 1, **style))
     if hatch:  # at the bottom, where no text is
         strip = Rectangle((column, row + 1 - _STRIP), width, _STRIP, hatch=hatch, **style)

@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"Results: {arguments.json}")
     if arguments.plot and results["gpu"]:
-        _plot(results, arguments.plot)
+        _plot(results, arguments.plot, on_gpu=on_gpu)
         print(f"Plot: {arguments.plot}")
     return 0
 
@@ -366,15 +366,17 @@ def _machine(handle: pc.Handle) -> dict[str, str]:
     return machine
 
 
-def _plot(results: dict[str, Any], file: Path) -> None:
+def _plot(results: dict[str, Any], file: Path, *, on_gpu: bool) -> None:
     """Plot the rate against tokens, one line per competitor, with the memcpy as the ceiling."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     # Red is reserved for this package.
     colours = [f"tab:{name}" for name in ("blue", "orange", "green", "purple", "brown", "gray")]
+    unit, scale = ("TB/s", 1e6) if on_gpu else ("GB/s", 1e3)
     columns = min(2, len(results["gpu"]))
     lines = -(-len(results["gpu"]) // columns)
     figure, panels = pyplot.subplots(
@@ -389,7 +391,7 @@ def _plot(results: dict[str, Any], file: Path) -> None:
         for name in dict.fromkeys(name for row in rows for name in row["us"]):
             moved = axes.plain if name == peers.COPY else axes
             points = [
-                (count, 2 * dataclasses.replace(moved, tokens=count).payload / time_us / 1e6)
+                (count, 2 * dataclasses.replace(moved, tokens=count).payload / time_us / scale)
                 for count, time_us in ((row["tokens"], row["us"].get(name)) for row in rows)
                 if time_us is not None
             ]
@@ -399,9 +401,12 @@ def _plot(results: dict[str, Any], file: Path) -> None:
             if name == peers.OURS:
                 style = {"color": "tab:red", "linewidth": 2.5, "zorder": 3}
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
-        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TB/s, read and written")
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{unit}, read and written")
         panel.set_xticks([row["tokens"] for row in rows], [str(row["tokens"]) for row in rows])
         panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_yticks([], minor=True)
         panel.set_title(textwrap.fill(axes.describe(), 105), fontsize=9)
         panel.grid(visible=True, which="both", alpha=0.25)
         panel.legend(fontsize=8)
