@@ -2218,7 +2218,7 @@ FAULTS = (
     ),
     Fault(
         "transfer: what a transfer has come to is forgotten once somebody has looked",
-        f"{TRANSFER}/peer.py",
+        f"{TRANSFER}/link.py",
         "        if flight.result:\n            return flight.result\n",
         "",
         (f"{TRANSFER_TESTS}test_an_interruption_leaves_other_jobs_alone",),
@@ -2281,8 +2281,8 @@ FAULTS = (
     ),
     Fault(
         "transfer: a forked child ends what its parent uses",
-        f"{TRANSFER}/agent.py",
-        "os.register_at_fork(after_in_child=_keep_for_ever)\n",
+        f"{TRANSFER}/link.py",
+        "os.register_at_fork(after_in_child=_after_fork)\n",
         "",
         (f"{TRANSFER_TESTS}test_a_forked_process_that_ends_disturbs_nobody",),
     ),

@@ -1425,10 +1425,10 @@ def accept_or_be_interrupted(here, message):
 
 def interrupt_next(here):
     def interrupted(flight):
-        del here.peer._state
+        del here.agent._link.look
         raise KeyboardInterrupt
 
-    here.peer._state = interrupted
+    here.agent._link.look = interrupted
 
 
 @needs_nixl
@@ -1579,7 +1579,7 @@ def test_failed_transfers_leave_nothing_behind(sides):
 
 
 def flights(here):
-    return len(here.agent._flights)
+    return len(here.agent._link.flights)
 
 
 @needs_nixl

@@ -21,7 +21,7 @@ import numpy as np
 
 import pagedcache as pc
 from pagedcache.transfer import Agent, Peer
-from pagedcache.transfer.agent import MINE
+from pagedcache.transfer.link import MINE
 
 SIZES = (4096, 32768, 262144)  # bytes of a block
 TOTAL = 1 << 25  # bytes in each turn
@@ -116,7 +116,9 @@ def _measure(agent: Agent, memory: Any, pipe: Any) -> dict[str, float]:
         for whose, place in ((MINE, memory.ctypes.data), (peer._id, address))
         for side in (_whole(peer, whose, place), first)
     ]
-    same = agent._blocks_here, here.astype(np.int32), peer._blocks_there, theirs.astype(np.int32)
+    there = peer._blocks_there
+    assert there is not None
+    same = agent._blocks_here.handle, here.astype(np.int32), there.handle, theirs.astype(np.int32)
     with socket.create_connection(("127.0.0.1", port), LIMIT) as connection:
         ways: dict[str, Callable[[], None]] = {
             WRITE: _nixl("WRITE", peer, *buffer),
@@ -141,12 +143,12 @@ def _measure(agent: Agent, memory: Any, pipe: Any) -> dict[str, float]:
 
 def _whole(peer: Peer, whose: str, place: int) -> Any:
     rows = np.array([[place, TOTAL, 0]], np.uint64)
-    return peer.agent._alive().prep_xfer_dlist(whose, rows, "DRAM")
+    return peer.agent._link.nixl.prep_xfer_dlist(whose, rows, "DRAM")
 
 
 def _nixl(operation: str, peer: Peer, *sides: Any) -> Callable[[], None]:
     """Return what NIXL does alone."""
-    nixl = peer.agent._alive()
+    nixl = peer.agent._link.nixl
 
     def move() -> None:
         handle = nixl.make_prepped_xfer(operation, *sides)

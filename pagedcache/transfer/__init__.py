@@ -4,6 +4,7 @@
 - `errors`: what can go wrong on the way
 - `card`: what one side must know of the other, as bytes
 - `board`: words by which one side lets others use its memory
+- `link`: NIXL, as one side uses it
 - `jobs`: `Job`, blocks on their way
 - `packing`: blocks in short runs, which both sides pack and unpack
 - `peer`: `Peer`, the other side

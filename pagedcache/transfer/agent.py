@@ -3,21 +3,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import importlib.metadata
 import itertools
 import logging
 import os
-import sys
 import time
 import uuid
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pagedcache.arrays.find import library_of
 from pagedcache.backend.handle import Handle
@@ -26,27 +19,23 @@ from pagedcache.status import (
     BadParamError,
     BadParamTypeError,
     DestroyedError,
-    MissingLibraryError,
+    PagedCacheError,
     shown,
 )
 from pagedcache.transfer import card as cards
 from pagedcache.transfer.board import PLACES, Board
 from pagedcache.transfer.errors import TransferError
+from pagedcache.transfer.link import MINE, Link
 from pagedcache.transfer.packing import Push, Staging, Want, read_message
 from pagedcache.transfer.peer import Peer
 
 if TYPE_CHECKING:
     from pagedcache.transfer.handover import Arrival, Offer
-    from pagedcache.transfer.jobs import Flight, Job, Steps
+    from pagedcache.transfer.jobs import Job, Steps
 
-OLDEST = (1, 5)  # the first NIXL that takes strided lists of blocks
 MOST_UNREAD = 1024  # messages of a side that is not connected yet
-MINE = "NIXL_INIT_AGENT"  # NIXL's word for the memory of this side
 
 _log = logging.getLogger(__name__)
-
-
-_agents: weakref.WeakSet[Agent] = weakref.WeakSet()
 
 
 class Agent:
@@ -147,7 +136,6 @@ class Agent:
         self._stream = self._device.side_stream()  # blocks are packed and unpacked on it
         self._peers: dict[str, Peer] = {}
         self._jobs: set[Job] = set()
-        self._flights: set[Flight] = set()
         self._serving: list[Steps] = []  # what others have asked for
         self._numbers = itertools.count()
         self._numbered: dict[int, Push | Want] = {}
@@ -158,54 +146,44 @@ class Agent:
         self._inbox: dict[str, dict[bytes, bytes]] = {}
         self._board = Board()
         self._open = self._board.grant()  # for all blocks, until this is closed
-        nixl = _load()
         self._staging = Staging(self._arrays, self._memory.device) if self.packs else None
         # NIXL knows sides by name, so a process that is started again must have another one.
         self._id = f"{name}-{uuid.uuid4().hex}"
-        rows, pieces, ranges = self._memory.rows, self.num_blocks, self._memory.ranges
-        there = rows
-        if self._staging is not None:
-            size, pieces, ranges = (
-                self._staging.block_bytes,
-                self._staging.count,
-                self._staging.ranges,
-            )
-            rows, there = [(self._staging.coming, size, size)], [(self._staging.going, size, size)]
-        where = self._memory.kind, self._memory.gpu
-        words = self._board.words
         try:
-            self._nixl: Any = nixl.nixl_agent(self._id, nixl.nixl_agent_config(backends=["UCX"]))
-            self._register(*where, ranges)
-            self._register("DRAM", 0, [(words.ctypes.data, words.nbytes)])
-            self._blocks_here = self._prepare(MINE, *where, rows, pieces)
-            row = (words[1].ctypes.data, 8, 8)
-            self._words_here = self._prepare(MINE, "DRAM", 0, [row], PLACES)
+            self._link = Link(self._id)
+            self._card = self._open_memory()
+        except PagedCacheError:
+            raise
         except Exception as error:
             rule = f"could not start NIXL, or let it use the memory of caches: {shown(error, str)}"
             raise TransferError(f"agent {name!r}", rule, "agent") from error
-        self._pieces = pieces
-        _agents.add(self)
+
+    def _open_memory(self) -> bytes:
+        """Let others reach blocks and words, and return the card that tells them how."""
+        memory, words = self._memory, self._board.words
+        kind, gpu = memory.kind, memory.gpu
+        here, count, ranges = memory.rows, self.num_blocks, memory.ranges
+        there = here
+        if (staging := self._staging) is not None:
+            size, count, ranges = staging.block_bytes, staging.count, staging.ranges
+            here, there = [(staging.coming, size, size)], [(staging.going, size, size)]
+        link = self._link
+        link.register(kind, gpu, ranges)
+        link.register("DRAM", 0, [(words.ctypes.data, words.nbytes)])
+        self._pieces = count
+        self._blocks_here = link.prepare(MINE, kind, gpu, here, count)
+        row = (words[1].ctypes.data, 8, 8)
+        self._words_here = link.prepare(MINE, "DRAM", 0, [row], PLACES)
         header = {
             "id": self._id,
-            "name": name,
+            "name": self.name,
             "facts": self._facts,
             "num_blocks": self.num_blocks,
-            "memory": [*where, there, pieces],
+            "memory": [kind, gpu, there, count],
             "board": words.ctypes.data,
             "open": self._open,
         }
-        self._card = cards.to_bytes("card", header, self._nixl.get_agent_metadata())
-
-    def _register(self, kind: str, index: int, ranges: list[tuple[int, int]]) -> None:
-        rows = np.array([(begin, size, index) for begin, size in ranges], np.uint64)
-        self._nixl.register_memory(rows, kind)
-
-    def _prepare(
-        self, whose: str, kind: str, index: int, rows: list[tuple[int, int, int]], count: int
-    ) -> Any:
-        """Return NIXL's list of all pieces: the first run of all blocks, then the second, ..."""
-        pieces = [(begin, size, index, step, count) for begin, size, step in rows]
-        return self._nixl.prep_xfer_dlist(whose, np.array(pieces, np.uint64), kind)
+        return cards.to_bytes("card", header, link.nixl.get_agent_metadata())
 
     @property
     def card(self) -> bytes:
@@ -246,7 +224,7 @@ class Agent:
         found = self._peers.get(header["id"])
         if found is None:
             try:
-                self._nixl.add_remote_agent(metadata)
+                self._link.nixl.add_remote_agent(metadata)
                 found = self._peers[header["id"]] = Peer(self, header)
             except Exception as error:
                 rule = "must be a card that NIXL can read; use the same NIXL on both sides"
@@ -310,14 +288,7 @@ class Agent:
                 self._wait_for(self._stream)
         finally:
             self.closed = True
-            for flight in self._flights:
-                flight.handle = None
-            self._flights.clear()
-            for peer in self._peers.values():
-                peer._blocks_there = peer._words_there = None
-            # NIXL stops, and lets the memory go, when nothing refers to it: this and handles.
-            self._nixl.agent = None
-            self._blocks_here = self._words_here = self._nixl = None
+            self._link.close()
             self._advance()
             self._arrays, self._staging = [], None
 
@@ -342,15 +313,15 @@ class Agent:
 
     # For peers, jobs and offers
 
-    def _alive(self) -> Any:
-        """Return NIXL's agent."""
+    def _alive(self) -> Link:
+        """Return the link, unless this was closed."""
         if self._process != os.getpid():
             rule = "was made in another process, and cannot be used after a fork; make one here"
             raise DestroyedError(f"agent {self.name!r}", rule)
         if self.closed:
             rule = "was closed and cannot be used any more"
             raise DestroyedError(f"agent {self.name!r}", rule)
-        return self._nixl
+        return self._link
 
     def _wait_for_writes(self, stream: Any) -> None:
         """Wait for what was queued before: neither NIXL nor packing is ordered with streams."""
@@ -371,7 +342,7 @@ class Agent:
             self._staging.reclaim()
 
     def _read_messages(self) -> None:
-        for sender, messages in self._alive().get_new_notifs().items():
+        for sender, messages in self._alive().nixl.get_new_notifs().items():
             for message in messages:
                 self._read(sender, message)
 
@@ -407,40 +378,3 @@ class Agent:
         number = next(self._numbers)
         self._numbered[number] = what
         return number
-
-
-def _keep_for_ever() -> None:
-    """Let NIXL's objects outlive a forked process: what ends them there would disturb this one."""
-    for agent in _agents:
-        kept = [agent._nixl, getattr(agent._nixl, "agent", None)]
-        kept += [agent._blocks_here, agent._words_here]
-        kept += [flight.handle for flight in agent._flights]
-        for peer in agent._peers.values():
-            kept += [peer._blocks_there, peer._words_there]
-        for each in kept:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
-
-
-os.register_at_fork(after_in_child=_keep_for_ever)
-
-
-def _load() -> Any:
-    """Import NIXL."""
-    first = "nixl" not in sys.modules
-    how = (
-        "without PyTorch, which it asks for and does not need: pip install --no-deps nixl "
-        "nixl-cu12 (for CUDA 13: nixl-cu13)"
-    )
-    try:
-        nixl = importlib.import_module("nixl")
-    except ImportError as error:
-        rule = f"needs NIXL, which cannot be imported ({error}); {how}"
-        raise MissingLibraryError("pagedcache.transfer", rule) from error
-    version = importlib.metadata.version("nixl")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        rule = f"needs NIXL {OLDEST[0]}.{OLDEST[1]} or newer; {how}"
-        raise MissingLibraryError("pagedcache.transfer", rule, version)
-    if first and not os.environ.get("NIXL_LOG_LEVEL"):
-        # It prints to the standard output for each agent.
-        logging.getLogger("nixl").setLevel(logging.WARNING)
-    return nixl

@@ -4,38 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pagedcache.transfer.errors import TransferError, wait_for
 
 if TYPE_CHECKING:
+    from pagedcache.transfer.link import Flight
     from pagedcache.transfer.peer import Peer
 
 Steps: TypeAlias = "Generator[None, None, None]"
-
-
-class Flight:
-    """One transfer of NIXL, which frames of errors may refer to: NIXL's own could not be freed.
-
-    Attributes
-    ----------
-    peer : Peer
-    handle : object or None
-        NIXL's; None once it has ended, or its agent was closed.
-    result : bool or TransferError
-        False while it goes on, then True or why it failed.
-    """
-
-    __slots__ = ("handle", "peer", "result")
-
-    def __init__(self, peer: Peer, handle: Any) -> None:
-        self.peer, self.handle = peer, handle
-        self.result: bool | TransferError = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has ended, in whatever way, so that memory is not touched any more."""
-        return self.handle is None or bool(self.peer._state(self))
 
 
 class Job:
@@ -91,7 +68,7 @@ class Job:
             self._fail(error)
         except BaseException:  # the generator has ended, and what it was waiting for has not
             rule = "was interrupted, so what arrived may be anything"
-            self._left_behind = [*self.peer.agent._flights]
+            self._left_behind = [*self.peer.agent._link.flights]
             self._fail(TransferError(repr(self), rule, "agent"))
             raise
 

@@ -27,7 +27,8 @@ from pagedcache.transfer.errors import TransferError
 if TYPE_CHECKING:
     from pagedcache.tensors import Array
     from pagedcache.transfer.agent import Agent
-    from pagedcache.transfer.jobs import Flight, Steps
+    from pagedcache.transfer.jobs import Steps
+    from pagedcache.transfer.link import Flight
     from pagedcache.transfer.peer import Peer
 
 STAGING = 32 << 20  # bytes at most, once for blocks that go and once for those that come
@@ -232,7 +233,7 @@ def take(peer: Peer, header: dict[str, Any], slots: Array, targets: Array) -> St
                 staging.free_coming.append(first)
                 raise
             except BaseException:  # an interruption, so it may still be read to
-                staging.left_behind.append((first, [*agent._flights]))
+                staging.left_behind.append((first, [*agent._link.flights]))
                 raise
             staging.free_coming.append(first)
             if isinstance(want, Want):

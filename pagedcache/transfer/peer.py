@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,13 @@ import numpy as np
 from pagedcache.operators.blocks.pairs import OnDevice, read_blocks
 from pagedcache.status import (
     BadParamError,
-    DestroyedError,
     DuplicateBlockError,
     InvalidBlockError,
-    shown,
 )
 from pagedcache.transfer.board import PLACES
 from pagedcache.transfer.errors import TransferError
-from pagedcache.transfer.jobs import Flight, Job, Steps
+from pagedcache.transfer.jobs import Job, Steps
+from pagedcache.transfer.link import Failure
 from pagedcache.transfer.packing import Patience, Push, Want, message_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pagedcache.tensors import Array
     from pagedcache.transfer.agent import Agent
     from pagedcache.transfer.handover import Offer
+    from pagedcache.transfer.link import Flight, Pieces
 
 EAGER = 1e-3  # seconds that `send` may wait for the other side's leave before it returns
 
@@ -51,9 +52,9 @@ class Peer:
         self._runs, self._pieces, self._open = len(rows), int(pieces), header["open"]
         self._patience = Patience(self)
         self._looking: Steps | None = None
-        self._blocks_there = agent._prepare(self._id, kind, gpu, rows, pieces)
+        self._blocks_there: Pieces | None = agent._link.prepare(self._id, kind, gpu, rows, pieces)
         row = (header["board"], 8, 8)
-        self._words_there = agent._prepare(self._id, "DRAM", 0, [row], PLACES)
+        self._words_there: Pieces | None = agent._link.prepare(self._id, "DRAM", 0, [row], PLACES)
 
     def send(self, mine: Any, theirs: Any, *, stream: Any = None) -> Job:
         """Write blocks of this side to blocks of the other side.
@@ -226,99 +227,47 @@ class Peer:
             if not end or time.monotonic() > end:
                 yield
 
-    # What is raised refers to frames of these calls, and NIXL could not stop while they refer to
-    # NIXL. So what does returns errors.
-
     def _post(self, operation: str, here: Array, there: Array, *, of_board: bool) -> Flight:
-        made = self._try_to_post(operation, here, there, of_board=of_board)
-        if isinstance(made, TransferError):
-            raise made
-        return made
+        agent = self.agent
+        link = agent._alive()
+        if self._blocks_there is None or self._words_there is None:
+            raise self._gone()
+        mine, theirs = agent._words_here, self._words_there
+        if not of_board:
+            mine, theirs = agent._blocks_here, self._blocks_there
+            runs = np.arange(self._runs)[:, None]
+            here, there = runs * agent._pieces + here, runs * self._pieces + there
+        flight = link.start(operation, mine, here, theirs, there)
+        if isinstance(flight, Failure):
+            raise self._error(flight)
+        return flight
 
     def _landed(self, flight: Flight) -> bool:
-        landed = self._state(flight)
-        if isinstance(landed, TransferError):
-            raise landed
+        landed = self.agent._alive().look(flight)
+        if isinstance(landed, Failure):
+            raise self._error(landed)
         return landed
 
     def _tell(self, kind: str, header: dict[str, Any], blocks: Array) -> None:
         self._send_message(message_of(kind, header, blocks))
 
     def _send_message(self, message: bytes) -> None:
-        if failed := self._try_to_send(message):
-            raise failed
+        link = self.agent._alive()
+        if self._blocks_there is None:
+            raise self._gone()
+        if failure := link.send(self._id, message):
+            raise self._error(failure)
 
-    def _try_to_post(
-        self, operation: str, here: Array, there: Array, *, of_board: bool
-    ) -> Flight | TransferError:
-        agent = self.agent
-        flight: Flight | None = None
-        if self._is_gone:
+    def _try_to_send(self, message: bytes) -> None:
+        """Send a message that it does not miss if it is gone."""
+        with contextlib.suppress(TransferError):
+            self._send_message(message)
+
+    def _error(self, failure: Failure) -> TransferError:
+        if failure.gone:
             return self._gone()
-        if of_board:
-            sides = [(agent._words_here, here), (self._words_there, there)]
-        else:
-            runs = np.arange(self._runs)[:, None]
-            sides = [
-                (agent._blocks_here, runs * agent._pieces + here),
-                (self._blocks_there, runs * self._pieces + there),
-            ]
-        try:
-            pieces = [(prepared, index.ravel().astype(np.int32)) for prepared, index in sides]
-            flight = Flight(
-                self, agent._alive().make_prepped_xfer(operation, *pieces[0], *pieces[1])
-            )
-            agent._flights.add(flight)  # before it begins, in case this is interrupted
-            state: Any = agent._alive().transfer(flight.handle)
-        except Exception as error:
-            state = error
-        if state == "ERR" or isinstance(state, Exception):
-            if flight is not None:
-                agent._flights.discard(flight)
-                flight.handle = None
-            return self._failure(state)
-        assert flight is not None
-        return flight
-
-    def _state(self, flight: Flight) -> bool | TransferError:
-        agent = self.agent
-        if flight.result:
-            return flight.result
-        try:
-            state = agent._alive().check_xfer_state(flight.handle)
-        except DestroyedError:
-            raise
-        except Exception as error:
-            state = error
-        if state not in ("DONE", "ERR") and not isinstance(state, Exception):
-            return False
-        agent._flights.discard(flight)
-        flight.handle = None  # the last reference, so NIXL frees it
-        flight.result = True if state == "DONE" else self._failure(state)
-        return flight.result
-
-    def _try_to_send(self, message: bytes) -> TransferError | None:
-        if self._is_gone:
-            return self._gone()
-        try:
-            self.agent._alive().send_notif(self._id, message)
-        except DestroyedError:
-            raise
-        except Exception as error:
-            return self._failure(error)
-        return None
-
-    def _failure(self, cause: object) -> TransferError:
-        name = type(cause).__name__
-        if name == "nixlRemoteDisconnectError":
-            return self._gone()
-        said = f"{name}: {shown(cause, str)}" if isinstance(cause, Exception) else cause
-        rule = f"failed: NIXL says {said}"
+        rule = f"failed: NIXL says {failure.said}"
         return TransferError(f"the transfer with peer {self.name!r}", rule)
-
-    @property
-    def _is_gone(self) -> bool:
-        return self._words_there is None and not self.agent.closed
 
     def _gone(self) -> TransferError:
         """Forget all about a side that is gone, and return what to raise.
