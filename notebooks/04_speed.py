@@ -336,7 +336,7 @@ if on_gpu:
 # | with | 1.04 | 1.17 | 3.61 |
 #
 # Both are faster in this version, since other things were changed as well
-# ([performance notes](../notes/performance.md)). On a GPU, the next cell measures it here.
+# ([notes on writes](../notes/writes.md)). On a GPU, the next cell measures it here.
 
 # %%
 if on_gpu:

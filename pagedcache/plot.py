@@ -47,9 +47,11 @@ HELD, CACHED, EMPTY = "#8fc1e3", "#fbe3b5", "#f0a860"
 _HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
 _HEADS = (*_HUES, INVALID, "black")
 _FONT = 10  # points
+_MOST_TEXT = 7  # characters of that size in a cell
 _SMALL = 7  # points, the number of a slot, and what is written upwards
 _MARK = 3  # points, the line around a slot
 _NARROWEST = 4.5  # inches, so that a title fits
+_WIDEST = 8  # cells in a row of tokens that are not written, unless blocks are wider
 _STRIP = 0.22  # of the height of a cell, what is hatched
 _GAP = 0.5  # between blocks that are not neighbours
 _FOUND = "free, but can be found"
@@ -119,25 +121,26 @@ def pool(
             rule = f"must have blocks below num_blocks, {num_blocks}"
             raise BadParamError("tables", rule, f"block {max(table)} in the table of {name}")
     rows = -(-num_blocks // columns)
-    ax = _axes(ax, columns, rows)
-    colours = _colours(tables)
+    ax = _axes(ax, columns, rows, len(tables) + 3)
+    styles = _styles(tables)
     holders = Counter(block for table in tables.values() for block in set(table))
     owner = {block: name for name, table in tables.items() for block in table}
     idle = {int(block) for block in cached} - owner.keys()
     for block in range(num_blocks):
         held = holders[block]
-        colour = SHARED if held > 1 else colours[owner[block]] if held else FREE
+        style = (SHARED, "") if held > 1 else styles[owner[block]] if held else (FREE, "")
         if block in idle:
-            colour = CACHED
+            style = CACHED, ""
         row, column = divmod(block, columns)
-        _cell(ax, column, row, str(block), colour)
-    legend = {name: colours[name] for name, table in tables.items() if len(table)}
+        _cell(ax, column, row, str(block), *style)
+    legend = {name: styles[name] for name, table in tables.items() if len(table)}
     if max(holders.values(), default=0) > 1:
-        legend["shared"] = SHARED
+        legend["shared"] = SHARED, ""
     if idle:
-        legend[_FOUND] = CACHED
-    _legend(ax, {**legend, "free": FREE})
+        legend[_FOUND] = CACHED, ""
+    _legend(ax, {**legend, "free": (FREE, "")})
     ax.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)  # or else blocks seem to be missing from the last row
     ax.set_title(f"{len(holders)} of {num_blocks} blocks in use")
     return ax
 
@@ -160,11 +163,12 @@ def block_tables(tables: Tables, *, ax: Axes | None = None) -> Axes:
     tables = _ints(tables)
     columns = max(1, *map(len, tables.values())) if tables else 1
     ax = _axes(ax, columns, len(tables))
-    colours = _colours(tables)
+    styles = _styles(tables)
     holders = Counter(block for table in tables.values() for block in set(table))
     for row, (name, table) in enumerate(tables.items()):
         for column, block in enumerate(table):
-            _cell(ax, column, row, str(block), SHARED if holders[block] > 1 else colours[name])
+            style = (SHARED, "") if holders[block] > 1 else styles[name]
+            _cell(ax, column, row, str(block), *style)
     ax.set(xlim=(0, columns), ylim=(max(len(tables), 1), 0), xlabel="entry of the block table")
     ax.set_xticks([column + 0.5 for column in range(columns)], [str(i) for i in range(columns)])
     ax.set_yticks([row + 0.5 for row in range(len(tables))], list(tables))
@@ -178,8 +182,9 @@ def slot_mapping(
 ) -> Axes:
     """Draw where tokens go, with a row for each block that is written and a column for each offset.
 
-    Each cell has the number of its slot in a corner. A gap with dots is between blocks that are not
-    neighbours. Tokens that are not written are drawn in extra rows below: padding, which has a
+    Each cell has the number of its slot in a corner; where several tokens have the same slot, the
+    first of them is named, and how many more there are. A gap with dots is between blocks that are
+    not neighbours. Tokens that are not written are drawn in extra rows below: padding, which has a
     negative slot, and tokens with an invalid slot, past the end of the cache.
 
     Parameters
@@ -214,12 +219,15 @@ def slot_mapping(
             valid.setdefault(slot, []).append(f"t{token}")
     blocks = sorted({slot // block_size for slot in valid})
     outside = {
-        "padding": [token for token, slot in tokens if slot < 0],
-        "invalid": [token for token, slot in tokens if slot >= num_slots],
+        "padding": [(token, slot) for token, slot in tokens if slot < 0],
+        "invalid": [(token, slot) for token, slot in tokens if slot >= num_slots],
     }
     outside = {kind: found for kind, found in outside.items() if found}
-    columns = max(block_size, *map(len, outside.values())) if outside else block_size
-    ax = _axes(ax, columns, len(blocks) + len(outside) + 2)
+    width = max(block_size, _WIDEST)  # of the extra rows, at most
+    columns = max([block_size, *(min(len(found), width) for found in outside.values())])
+    gaps = sum(after != before + 1 for before, after in itertools.pairwise(blocks))
+    extra = sum(_GAP - (-len(found) // width) for found in outside.values())
+    ax = _axes(ax, columns, len(blocks) + gaps * _GAP + extra)
     row = 0.0
     labels: dict[float, str] = {}
     for before, block in zip([None, *blocks], blocks, strict=False):
@@ -231,18 +239,21 @@ def slot_mapping(
             slot = block * block_size + offset
             writers = valid.get(slot, [])
             colour = WRITTEN if writers else FREE
-            _cell(ax, offset, row, " ".join(writers), colour)
-            place = (offset + 0.06, row + 0.94)
-            ax.text(*place, str(slot), va="bottom", color=_ink(colour), fontsize=_SMALL)
+            text = " +".join([*writers[:1], *([str(len(writers) - 1)] if writers[1:] else [])])
+            _cell(ax, offset, row, text, colour, size=_FONT if len(text) < _MOST_TEXT else _SMALL)
+            _number(ax, offset, row, slot, colour)
         row += 1
     for kind, found in outside.items():
         row += _GAP
         labels[row] = kind
-        for column, token in enumerate(found):
-            hatch = "////" if kind == "padding" else ""
-            colour = FREE if kind == "padding" else INVALID
-            _cell(ax, column, row, f"t{token}", colour, hatch)
-        row += 1
+        for place, (token, slot) in enumerate(found):
+            at, column = divmod(place, width)
+            if kind == "padding":
+                _cell(ax, column, row + at, f"t{token}", FREE, "////")
+            else:
+                _cell(ax, column, row + at, f"t{token}", INVALID)
+                _number(ax, column, row + at, slot, INVALID)
+        row -= -len(found) // width
     ax.set(xlim=(0, columns), ylim=(max(row, 1), 0), xlabel="offset in the block")
     ax.xaxis.set_label_position("top")  # offsets are those of blocks, not of the rows below
     ax.xaxis.tick_top()
@@ -342,14 +353,16 @@ def block(
                 labels[row], row = f"{start:,}", row + 1
 
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(11, 1.2 + 0.42 * row), layout="constrained")
+        entries = sizes["num_kv_heads"] + len(tensors) + 1
+        height = max(1.2 + 0.42 * row, _height(entries))
+        _, ax = pyplot.subplots(figsize=(11, height), layout="constrained")
     hatches = dict(zip(tensors, itertools.cycle(_HATCHES), strict=False))
     extent = ax.get_window_extent()
     points, height = (each * 72 / ax.figure.dpi for each in (extent.width, extent.height / row))
     for start, stop, piece in spans:
         colour = _shade(piece.head, (piece.offset + 1) / sizes["block_size"])
         mine = slot - offset + piece.offset
-        texts = ["", f"slot {mine}"]
+        texts = ["", str(mine), f"slot {mine}"]
         texts.append(f"head {piece.head}, {texts[-1]}")
         texts.append(f"{piece.name}, {texts[-1]}")
         spare = len(str(num_slots - 1)) - len(str(mine))  # so that all slots have the same text
@@ -361,7 +374,8 @@ def block(
             if not text and wide > 1.5 * _SMALL and len(piece.name) * 0.6 * _SMALL < high:
                 middle = (column + width / 2, at + (1 - _STRIP) / 2)
                 style: dict[str, Any] = {"color": _ink(colour), "fontsize": _SMALL}
-                ax.text(*middle, piece.name, ha="center", va="center", rotation=90, **style)
+                style["rotation"] = 90 if len(piece.name) > 1 else 0
+                ax.text(*middle, piece.name, ha="center", va="center", **style)
     marked = _joined((start, stop) for start, stop, piece in spans if piece.offset == offset)
     for start, stop in marked:
         for at, column, width in _in_rows(start, stop, columns):
@@ -378,7 +392,8 @@ def block(
         ]
     )
     others.append(Patch(fill=False, linewidth=_MARK, label=f"slot {slot}"))
-    _legend(ax, {f"KV head {head}": _shade(head) for head in range(sizes["num_kv_heads"])}, others)
+    heads = {f"KV head {head}": (_shade(head), "") for head in range(sizes["num_kv_heads"])}
+    _legend(ax, heads, others)
     ax.set(
         xlim=(0, columns), ylim=(row, 0), xlabel="byte in the row", ylabel="first byte of the row"
     )
@@ -453,8 +468,14 @@ def sharing(log: Log, *, unit: str | None = "s", ax: Axes | None = None) -> Axes
     num_blocks = _state(log).num_blocks
     ax.axhline(num_blocks, color=FREE, linewidth=3)  # so that the line is seen on any colour
     ax.axhline(num_blocks, color="black", linestyle="--", linewidth=1.5)
-    ax.set_ylim(0, 1.05 * max(num_blocks, ax.get_ylim()[1]))
-    text = ax.text(places[0], num_blocks, f" {num_blocks:,} blocks in all", va="bottom")
+    ax.set_ylim(0, 1.12 * max(num_blocks, ax.get_ylim()[1]))
+    text = ax.annotate(
+        f"{num_blocks:,} blocks in all",
+        (places[0], num_blocks),
+        (6, 4),
+        textcoords="offset points",
+        va="bottom",
+    )
     text.set(fontsize=_FONT, bbox={"facecolor": FREE, "edgecolor": "none", "pad": 1})
     return ax
 
@@ -651,20 +672,27 @@ def _stack(
         style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.3}
         ax.fill_between(places, below, above, step="post", label=name, **style)
         below = above
-    ax.set(xlim=(places[0], places[-1]), ylim=(0, max(*below, 1)))
+    ax.set(xlim=(places[0], places[-1]), ylim=(0, 1.03 * max(*below, 1)))
     ax.set_xlabel(xlabel, fontsize=11)
     ax.set_ylabel(ylabel, fontsize=11)
-    colours = {name: colour for name, (colour, _) in areas.items()}
-    _legend(ax, dict(reversed(colours.items())))  # in the order of the areas
+    styles = [(name, (colour, "")) for name, (colour, _) in areas.items()]
+    _legend(ax, dict(reversed(styles)))  # in the order of the areas
     return ax
 
 
-def _axes(ax: Axes | None, columns: int, rows: int) -> Axes:
+def _axes(ax: Axes | None, columns: int, rows: float, entries: int = 0) -> Axes:
+    """Return axes with room for cells, and for so many entries of a legend."""
     if ax is None:
-        size = max(1.2 + 0.5 * columns, _NARROWEST), 0.9 + 0.5 * max(rows, 1)
+        height = max(0.9 + 0.5 * max(rows, 1), _height(entries))
+        size = max(1.2 + 0.5 * columns, _NARROWEST), height
         _, ax = pyplot.subplots(figsize=size, layout="constrained")
     ax.set_aspect("equal")
     return ax
+
+
+def _height(entries: int) -> float:
+    """Return the inches that a figure needs for a legend."""
+    return 0.8 + 0.21 * entries
 
 
 def _ints(tables: Tables) -> dict[str, list[int]]:
@@ -688,12 +716,21 @@ def _mapping(subject: str, given: Any, such: str) -> Any:
     return given
 
 
-def _colours(tables: Tables) -> dict[str, str]:
-    return dict(zip(tables, itertools.cycle(_HUES), strict=False))
+def _styles(tables: Tables) -> dict[str, tuple[str, str]]:
+    """Return the colour and the hatch of each sequence."""
+    styles = itertools.cycle((hue, hatch) for hatch in _HATCHES for hue in _HUES)
+    return dict(zip(tables, styles, strict=False))
 
 
 def _cell(
-    ax: Axes, column: int, row: float, text: str, colour: str, hatch: str = "", width: int = 1
+    ax: Axes,
+    column: int,
+    row: float,
+    text: str,
+    colour: str,
+    hatch: str = "",
+    width: int = 1,
+    size: int = _FONT,
 ) -> None:
     style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "linewidth": 0.5}
     style["clip_on"] = False  # or else half of an outer line is cut off
@@ -703,7 +740,13 @@ def _cell(
         ax.add_patch(strip)
     place = (column + width / 2, row + 0.5 - (_STRIP / 2 if hatch else 0))
     drawn = ax.text(*place, text, ha="center", va="center", color=_ink(colour))
-    drawn.set_fontsize(_FONT)
+    drawn.set_fontsize(size)
+
+
+def _number(ax: Axes, column: int, row: float, slot: int, colour: str) -> None:
+    """Write the number of a slot into the corner of its cell."""
+    place = (column + 0.06, row + 0.94)
+    ax.text(*place, str(slot), va="bottom", color=_ink(colour), fontsize=_SMALL)
 
 
 def _ink(colour: str) -> str:
@@ -720,10 +763,10 @@ def _lightness(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _legend(ax: Axes, colours: Mapping[str, str], others: Iterable[Patch] = ()) -> None:
+def _legend(ax: Axes, styles: Mapping[str, tuple[str, str]], others: Iterable[Patch] = ()) -> None:
     patches = [
-        Patch(facecolor=colour, edgecolor="black", linewidth=0.5, label=name)
-        for name, colour in colours.items()
+        Patch(facecolor=colour, edgecolor="black", linewidth=0.5, hatch=hatch, label=name)
+        for name, (colour, hatch) in styles.items()
     ]
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     ax.legend(handles=[*patches, *others], **place, fontsize=_FONT, frameon=False)

@@ -380,7 +380,7 @@ def _plot(results: dict[str, Any], file: Path, *, on_gpu: bool) -> None:
     columns = min(2, len(results["gpu"]))
     lines = -(-len(results["gpu"]) // columns)
     figure, panels = pyplot.subplots(
-        lines, columns, figsize=(7 * columns, 4.6 * lines), squeeze=False
+        lines, columns, figsize=(7 * columns, 4.6 * lines), squeeze=False, layout="constrained"
     )
     for panel in panels.flat[len(results["gpu"]) :]:
         panel.set_axis_off()
@@ -402,16 +402,15 @@ def _plot(results: dict[str, Any], file: Path, *, on_gpu: bool) -> None:
                 style = {"color": "tab:red", "linewidth": 2.5, "zorder": 3}
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{unit}, read and written")
-        panel.set_xticks([row["tokens"] for row in rows], [str(row["tokens"]) for row in rows])
+        panel.set_xticks([row["tokens"] for row in rows], [f"{row['tokens']:,}" for row in rows])
         panel.set_xticks([], minor=True)
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_yticks([], minor=True)
-        panel.set_title(textwrap.fill(axes.describe(), 105), fontsize=9)
+        panel.set_title(textwrap.fill(axes.describe(), 95, break_on_hyphens=False), fontsize=9)
         panel.grid(visible=True, which="both", alpha=0.25)
         panel.legend(fontsize=8)
     figure.suptitle(results["machine"]["device"], fontsize=10)
-    figure.tight_layout()
     figure.savefig(file, dpi=130)
 
 

@@ -191,9 +191,9 @@ def _demonstrate(
 
     why = "as requested" if arguments.device else "the default: CUDA if it is usable, else the CPU"
     print(f"\nDevice: {handle!r}\n  {why}")
-    for report in pc.backends().values():
-        if not report.usable:
-            _print_wrapped(f"  {report.device_type} is not usable: {report.reason}")
+    cuda = pc.backends()["cuda"]
+    if not cuda.usable:
+        _print_wrapped(f"  cuda is not usable: {cuda.reason}")
     shape = list(layer.k.shape)
     parts = f"{storage.name} in {shape} bytes" if storage else f"a {arguments.dtype} array {shape}"
     print()
