@@ -2226,8 +2226,29 @@ FAULTS = (
     Fault(
         "transfer: regions that were left behind stay taken",
         f"{TRANSFER}/agent.py",
-        "            self._staging.reclaim()\n",
-        "            pass\n",
+        "                free()\n",
+        "                pass\n",
+        (f"{TRANSFER_TESTS}test_an_interruption_while_blocks_are_taken",),
+    ),
+    Fault(
+        "transfer: a side that is gone takes its successor with it",
+        f"{TRANSFER}/peer.py",
+        "        if agent._peers.get(self._id) is self:\n",
+        "        if True:\n",
+        (f"{TRANSFER_TESTS}test_a_network_that_failed",),
+    ),
+    Fault(
+        "transfer: nobody is told of blocks that cannot be packed",
+        f"{TRANSFER}/packing.py",
+        "            if self.left and self._wanted_by is not None and not self.failed:\n",
+        "            if False:\n",
+        (f"{TRANSFER_TESTS}test_a_side_that_cannot_pack_says_so",),
+    ),
+    Fault(
+        "transfer: a region is free while it may be read to",
+        f"{TRANSFER}/packing.py",
+        "                agent._free_later(functools.partial(staging.free_coming.append, first))\n",
+        "                staging.free_coming.append(first)\n",
         (f"{TRANSFER_TESTS}test_an_interruption_while_blocks_are_taken",),
     ),
     Fault(

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from pagedcache import transfer
 from pagedcache.status import MissingLibraryError
 from pagedcache.transfer import card as cards
 from pagedcache.transfer import packing
-from pagedcache.transfer.board import PLACES
+from pagedcache.transfer.board import PLACES, Board
 from pagedcache.transfer.errors import TransferError, TransferTimeoutError, wait_for
 
 needs_nixl = pytest.mark.skipif(
@@ -1491,6 +1492,208 @@ def wait_backwards_or_be_interrupted(here):
         return "interrupted"
 
 
+class Interrupting:
+    """Steps after the next of which there is an interruption."""
+
+    def __init__(self, steps):
+        self._steps, self._interrupts = steps, True
+
+    def __next__(self):
+        next(self._steps)
+        if self._interrupts:
+            self._interrupts = False
+            raise KeyboardInterrupt
+
+
+def interrupt_what_is_taken(here):
+    """Return how many regions are free once an interruption has hit what takes blocks."""
+    agent = here.agent
+    wait_for(lambda: agent.progress() or agent._serving, LIMIT, "blocks")
+    agent._serving[:] = map(Interrupting, agent._serving)
+    try:
+        agent.progress()
+    except KeyboardInterrupt:
+        return len(agent._staging.free_coming)
+
+
+@needs_nixl
+def test_an_interruption_between_steps_ends_nothing(sides):
+    one, other, ours, theirs = scattered_pair(sides, 4 * IN_BLOCK)
+    one(make_later)
+    one(begin_many, "fetch", [(3, 4)])
+    other.serve_others()
+    assert one(interrupt_what_is_taken) == 3  # one is written to
+    one(wait_backwards)
+    copy_scattered(theirs, ours, [(3, 4)])
+    assert one(memory) == [each.tobytes() for each in ours]
+    assert one(goes_on) == (0, 0, 0, 4, 4)
+
+
+def make_later(here):
+    """As `make_late`, for so long that something can happen in between."""
+    make_late(here)
+    looks = itertools.count()
+    here.agent._device.mark = lambda stream: lambda: next(looks) > 20
+
+
+@needs_nixl
+def test_messages_that_an_interruption_left_unread_are_read(sides):
+    one, other = pair(sides)
+    for tokens in ([*range(6)], [*range(10, 16)]):
+        one(prompt, tokens)
+        one(hand_over)
+        assert other(accept, None) == 6
+        other(free)
+    one(interrupt_reading)
+    for _ in range(100):
+        if one(used) == 0:
+            break
+        one(flights_after_progress)
+    assert one(used) == 0
+
+
+def interrupt_reading(here):
+    read = here.agent._read
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        read(*args)
+
+    here.agent._read = interrupted
+    try:
+        wait_for(lambda: here.agent.progress() or calls, LIMIT, "a message")
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("nothing was read")
+
+
+def flights_after_progress(here):
+    here.agent.progress()
+    time.sleep(0.01)
+    return flights(here)
+
+
+@needs_nixl
+def test_an_arrival_that_is_interrupted_as_it_begins_holds_no_blocks(sides):
+    one, other = pair(sides)
+    one(prompt, [*range(18)])
+    message = one(offer)
+    other(interrupt_next_job)
+    assert other(accept_or_be_interrupted, message) == "interrupted"
+    assert other(used) == 0
+    assert other(accept, message) == 18
+
+
+def interrupt_next_job(here):
+    def interrupted(*args):
+        del here.peer._job
+        raise KeyboardInterrupt
+
+    here.peer._job = interrupted
+
+
+@needs_nixl
+def test_a_side_that_cannot_pack_says_so(sides):
+    one, other, ours, theirs = scattered_pair(sides)
+    other(break_staging, "pack")
+    other.serve_others()
+    with pytest.raises(TransferError, match="peer 'other' could not send the blocks") as caught:
+        one(fetch, [1], [2])
+    assert caught.value.side == "peer"
+    other(mend_staging)
+    other.serve_others()
+    one(fetch, [1], [2])
+    copy_scattered(theirs, ours, [(1, 2)])
+    assert one(memory) == [each.tobytes() for each in ours]
+    assert one(goes_on) == other(goes_on) == (0, 0, 0, 4, 4)
+
+
+@needs_nixl
+def test_a_network_that_failed(sides):
+    one, other = sides("tcp"), sides("tcp")
+    _, ours = one(open_arrays, "uint8", 40, 1)
+    card, theirs = other(open_arrays, "uint8", 40, 2)
+    one(connect, card)
+    one(fetch, [1], [2])
+    assert one(cut_connections) > 0
+    with pytest.raises(TransferError, match=r"is gone.* or again to this one if it is still"):
+        one(fetch, [3], [4])
+    one(connect, card)
+    one(fetch, [3], [4])
+    with pytest.raises(TransferError, match="is gone"):
+        one(use_the_first_peer)
+    assert one(num_peers) == 1  # the old one does not take the new one with it
+    one(fetch, [5], [6])
+    ours, theirs = in_blocks(ours, 40)[0], in_blocks(theirs, 40)[0]
+    ours[[2, 4, 6]] = theirs[[1, 3, 5]]
+    assert one(memory) == [ours.tobytes()]
+
+
+def cut_connections(here):
+    """Shut all TCP connections of this process down, and return how many there were."""
+    here.first, cut = here.peer, 0
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if not str(path.readlink()).startswith("socket"):
+                continue
+            with socket.socket(fileno=os.dup(int(path.name))) as found:
+                if (found.family, found.type) == (socket.AF_INET, socket.SOCK_STREAM):
+                    found.getpeername()
+                    found.shutdown(socket.SHUT_RDWR)
+                    cut += 1
+    return cut
+
+
+def use_the_first_peer(here):
+    here.first.send([1], [2]).wait(LIMIT)
+
+
+@needs_nixl
+def test_a_side_that_dies_while_somebody_asks_whether_it_is_there(sides):
+    one, other = pair(sides, "tcp")
+    other(fetch, [1], [1])
+    one.stop()
+    other(poll_until_it_asks)
+    one.kill()
+    with pytest.raises(TransferError, match="is gone"):
+        other(fetch, [1], [1])
+    for _ in range(100):
+        if other(flights_after_progress) == other(in_use) == 0:
+            break
+    assert other(flights) == other(in_use) == 0
+
+
+def poll_until_it_asks(here):
+    wait_for(lambda: transfer.receive(here.peer) or in_use(here), LIMIT, "a question")
+
+
+@needs_nixl
+def test_an_offer_that_is_taken_by_its_message_was_handed_over_too(sides):
+    one, other = pair(sides)
+    one(prompt, [*range(6)])
+    one(hand_over)
+    assert other(accept, one(message_of_offer)) == 6
+    assert one(wait_for_offer)
+    assert other(receive, None) is None
+
+
+def message_of_offer(here):
+    return here.offer.message
+
+
+@needs_nixl
+def test_sequences_need_a_cache(sides):
+    one, other = sides(), sides()
+    one(open_arrays, "uint8", 40, 1)
+    one(connect, other(open_arrays, "uint8", 40, 2)[0])
+    for function in (accept, receive):
+        with pytest.raises(ValueError, match="agent must be of a KVCache"):
+            one(function, None)
+
+
 @needs_nixl
 def test_an_arrival_that_was_given_up_stays_so(sides):
     one, other = pair(sides, "tcp")
@@ -1815,7 +2018,18 @@ def test_errors_can_be_pickled():
     assert isinstance(error, TimeoutError)
 
 
+def test_a_grant_that_is_revoked_twice_frees_one_place():
+    board = Board()
+    grant = board.grant()
+    board.revoke(grant)
+    board.revoke(grant)
+    assert board.grant().place != board.grant().place
+
+
 def test_timeouts():
+    with pytest.raises(TransferTimeoutError, match=r"not done after 0\.1 s"):
+        wait_for(lambda: False, Fraction(1, 10), "it")
+    wait_for(lambda: True, 10**400, "it")
     answers = iter([False, False, True])
     wait_for(lambda: next(answers), None, "it")
     wait_for(lambda: True, 0, "it")

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,11 @@ from pagedcache.transfer.peer import Peer
 if TYPE_CHECKING:
     from pagedcache.transfer.handover import Arrival, Offer
     from pagedcache.transfer.jobs import Job, Steps
+    from pagedcache.transfer.link import Flight
 
 MOST_UNREAD = 1024  # messages of a side that is not connected yet
+# Where an interruption could make it happen twice, it is better that it does not happen.
+ONCE = tuple(f"pagedcache {kind} ".encode() for kind in ("blocks", "want", "got", "failed"))
 
 _log = logging.getLogger(__name__)
 
@@ -139,8 +143,11 @@ class Agent:
         self._serving: list[Steps] = []  # what others have asked for
         self._numbers = itertools.count()
         self._numbered: dict[int, Push | Want] = {}
+        self._messages: deque[tuple[str, bytes]] = deque()  # that were not read yet
         self._unread: dict[str, list[bytes]] = {}  # messages of those that are not connected yet
         self._given_up: set[Arrival] = set()
+        self._left_behind: list[tuple[Callable[[], object], list[Flight]]] = []
+        self._gone: set[str] = set()  # sides that were connected
         self._open_offers: dict[bytes, Offer] = {}  # open ones, by the message that says "taken"
         # Messages of offers, by who sent them and by the word of their grant.
         self._inbox: dict[str, dict[bytes, bytes]] = {}
@@ -149,12 +156,15 @@ class Agent:
         self._staging = Staging(self._arrays, self._memory.device) if self.packs else None
         # NIXL knows sides by name, so a process that is started again must have another one.
         self._id = f"{name}-{uuid.uuid4().hex}"
+        link: Link | None = None
         try:
-            self._link = Link(self._id)
+            self._link = link = Link(self._id)
             self._card = self._open_memory()
-        except PagedCacheError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if link is not None:
+                link.close()
+            if not isinstance(error, Exception) or isinstance(error, PagedCacheError):
+                raise
             rule = f"could not start NIXL, or let it use the memory of caches: {shown(error, str)}"
             raise TransferError(f"agent {name!r}", rule, "agent") from error
 
@@ -224,6 +234,9 @@ class Agent:
         found = self._peers.get(header["id"])
         if found is None:
             try:
+                if header["id"] in self._gone:  # perhaps only the network was
+                    self._link.nixl.remove_remote_agent(header["id"])
+                    self._gone.discard(header["id"])
                 self._link.nixl.add_remote_agent(metadata)
                 found = self._peers[header["id"]] = Peer(self, header)
             except Exception as error:
@@ -257,9 +270,7 @@ class Agent:
                 _log.debug("agent %r gave up what another side had asked for: %s", self.name, error)
             except Exception:
                 _log.exception("agent %r could not do what another side had asked for", self.name)
-            except BaseException:
-                self._serving.remove(steps)
-                raise
+            # After an interruption it stays: whether or not it has ended, the next turn tells.
             self._serving.remove(steps)
 
     def close(self) -> None:
@@ -338,13 +349,30 @@ class Agent:
         """Let go of what was given up or left behind, once nothing can write to it."""
         for arrival in list(self._given_up):
             arrival._let_go()
-        if self._staging is not None:
-            self._staging.reclaim()
+        for left in self._left_behind[:]:
+            free, flights = left
+            if all(flight.ended for flight in flights):
+                self._left_behind.remove(left)
+                free()
+
+    def _free_later(self, free: Callable[[], object]) -> None:
+        """Call a function once all transfers that go on now have ended.
+
+        For what an interruption has left behind, which nobody else looks at.
+        """
+        self._left_behind.append((free, [*self._link.flights]))
 
     def _read_messages(self) -> None:
-        for sender, messages in self._alive().nixl.get_new_notifs().items():
-            for message in messages:
-                self._read(sender, message)
+        arrived = self._alive().nixl.get_new_notifs()
+        self._messages += [(sender, each) for sender, found in arrived.items() for each in found]
+        while self._messages:
+            sender, message = self._messages[0]
+            once = message.startswith(ONCE)
+            if once:
+                self._messages.popleft()
+            self._read(sender, message)
+            if not once:
+                self._messages.popleft()
 
     def _read(self, sender: str, message: bytes) -> None:
         """Do what a message asks, or note what it says."""

@@ -46,7 +46,12 @@ class Board:
         return grant
 
     def revoke(self, grant: Grant) -> None:
-        """Clear a word: from now on, others do not use the memory, or know that they should not."""
+        """Clear a word: from now on, others do not use the memory, or know that they should not.
+
+        Twice is allowed.
+        """
+        if self.words[0, grant.place] != grant.word:
+            return
         self.words[0, grant.place] = 0
         self._free[0].append(grant.place)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from numbers import Real
@@ -32,15 +33,19 @@ class TransferTimeoutError(TransferError, TimeoutError):
     """The time that `wait` was given is over. What it waited for goes on, and may still happen."""
 
 
-def check_timeout(timeout: float | None) -> None:
-    """Raise if it is no time to wait for."""
+def check_timeout(timeout: float | None) -> float | None:
+    """Return seconds to wait for; raises if that is no time."""
     if timeout is None:
-        return
+        return None
     if isinstance(timeout, bool) or not isinstance(timeout, Real):
         rule = "must be a number of seconds or None"
         raise BadParamTypeError("timeout", rule, shown(timeout))
     if not timeout >= 0:
         raise BadParamError("timeout", "must be at least 0 seconds", timeout)
+    try:
+        return float(timeout)
+    except OverflowError:
+        return math.inf
 
 
 def wait_for(
@@ -57,7 +62,7 @@ def wait_for(
     TransferTimeoutError
         It is not done after `timeout` seconds.
     """
-    check_timeout(timeout)
+    timeout = check_timeout(timeout)
     began = time.monotonic()
     while not done():
         passed = time.monotonic() - began

@@ -141,8 +141,9 @@ class Offer:
             return
         # First, since the blocks may be written to as soon as they are free.
         self._agent._board.revoke(self._grant)
-        del self._agent._open_offers[self._answer]
-        self._held.free()
+        self._agent._open_offers.pop(self._answer, None)
+        if not self._held.freed:
+            self._held.free()
         self._held = None
         if self._peer is not None and not self._taken:
             self._peer._try_to_send(b"pagedcache withdrawn %d" % self._grant.word)
@@ -188,19 +189,21 @@ class Arrival:
             rule = f"must be an offer of peer {peer.name!r}"
             raise BadParamError("message", rule, f"one of {header['agent'][:-33]!r}")
         agent.progress()
-        tokens = array("i", np.frombuffer(body, "<i4").tolist())
-        key = bytes.fromhex(header["key"])
-        sequence = cache.sequence(tokens, key=key, publish=False)
-        self.peer, self.num_found = peer, sequence.num_cached_tokens
+        self.peer, self.num_found = peer, 0
         self._written, self._grant = header["num_written"], header["grant"]
-        found = self.num_found // cache.block_size
-        theirs = header["blocks"][found:]
-        mine = sequence.block_table[found : found + len(theirs)]
-        self.num_blocks = len(theirs)
-        self._sequence: Sequence | None = sequence
         self._arrived = self._given_up = False
-        self._job: Job = peer._job(self._steps(np.array(mine), np.array(theirs)), len(mine))
+        self._sequence: Sequence | None = None
+        self._job: Job | None = None
+        tokens = array("i", np.frombuffer(body, "<i4").tolist())
+        key, blocks = bytes.fromhex(header["key"]), header["blocks"]
         try:
+            self._sequence = sequence = cache.sequence(tokens, key=key, publish=False)
+            self.num_found = sequence.num_cached_tokens
+            found = self.num_found // cache.block_size
+            theirs = blocks[found:]
+            mine = sequence.block_table[found : found + len(theirs)]
+            self.num_blocks = len(theirs)
+            self._job = peer._job(self._steps(np.array(mine), np.array(theirs)), len(mine))
             agent._wait_for_writes(stream)
             self._job._step()
             if self._job.error is not None:
@@ -230,7 +233,7 @@ class Arrival:
         if self._given_up:
             raise self._error()
         try:
-            if not self._job.done:
+            if self._job is None or not self._job.done:
                 return False
         except BaseException:
             self.give_up()
@@ -281,7 +284,7 @@ class Arrival:
         self._let_go()
 
     def _let_go(self) -> None:
-        if self.peer.agent.closed or not self._job._running():
+        if self.peer.agent.closed or self._job is None or not self._job._running():
             self.peer.agent._given_up.discard(self)
             self._forget()
 
@@ -291,12 +294,13 @@ class Arrival:
             self._sequence = None
 
     def _error(self) -> Exception:
-        if self._job.error is not None:
+        if self._job is not None and self._job.error is not None:
             return self._job.error
         return TransferError("the arrival", "was given up", "agent")
 
     def _tell(self) -> None:
-        """Tell the other side that its blocks may go."""
+        """Tell the other side that its blocks may go, and forget that it had handed them over."""
+        self.peer.agent._inbox.get(self.peer._id, {}).pop(b"%d" % self._grant[1], None)
         # If that fails, it is gone by now, and all blocks are here.
         self.peer._try_to_send(_answer(self._grant[1]))
 
@@ -370,7 +374,7 @@ def receive(peer: Peer, message: bytes | None = None, *, stream: Any = None) -> 
     TransferError
         The other side is gone.
     """
-    _check_peer(peer)
+    _cache_of(_check_peer(peer).agent)
     if message is not None:
         return Arrival(peer, message, stream)
     peer.agent.progress()
@@ -412,9 +416,10 @@ def accept(
     TransferError
         The other side has withdrawn it or is gone. Its blocks are free.
     """
-    check_timeout(timeout)
+    timeout = check_timeout(timeout)
     end = None if timeout is None else time.monotonic() + timeout
     agent = _check_peer(peer).agent
+    _cache_of(agent)
     if message is None:
 
         def come() -> bool:

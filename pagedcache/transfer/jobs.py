@@ -69,6 +69,7 @@ class Job:
         except BaseException:  # the generator has ended, and what it was waiting for has not
             rule = "was interrupted, so what arrived may be anything"
             self._left_behind = [*self.peer.agent._link.flights]
+            self.peer.agent._free_later(lambda: None)
             self._fail(TransferError(repr(self), rule, "agent"))
             raise
 
@@ -104,8 +105,8 @@ class Job:
         self._release()
 
     def _release(self) -> None:
-        self._steps = None
         self.peer.agent._jobs.discard(self)
+        self._steps = None
 
     def __repr__(self) -> str:
         state = "going on" if self._steps is not None else "failed" if self.error else "done"

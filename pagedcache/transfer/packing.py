@@ -8,6 +8,7 @@ one reads them into its own, unpacks them, and says so. To fetch is to ask for t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pagedcache.tensors import Array
     from pagedcache.transfer.agent import Agent
     from pagedcache.transfer.jobs import Steps
-    from pagedcache.transfer.link import Flight
     from pagedcache.transfer.peer import Peer
 
 STAGING = 32 << 20  # bytes at most, once for blocks that go and once for those that come
@@ -52,8 +52,6 @@ class Staging:
         Addresses.
     free_going, free_coming : list of int
         The first slots of free regions.
-    left_behind : list of (int, list of Flight)
-        Regions that were being read to when this was interrupted, and transfers that may still do.
     ranges : list of (int, int)
         Address and bytes of this memory.
     """
@@ -84,14 +82,6 @@ class Staging:
         self.unpack = BlockDescriptor.create(views[1], arrays).copy
         regions = range(0, self.count, self.room)
         self.free_going, self.free_coming = [*regions], [*regions]
-        self.left_behind: list[tuple[int, list[Flight]]] = []
-
-    def reclaim(self) -> None:
-        """Free regions of what comes that were left behind, once nothing can write to them."""
-        for each in self.left_behind[:]:
-            if all(flight.ended for flight in each[1]):
-                self.left_behind.remove(each)
-                self.free_coming.append(each[0])
 
 
 class Push:
@@ -115,11 +105,12 @@ class Push:
         agent, peer = self.peer.agent, self.peer
         staging = agent._staging
         assert staging is not None
-        number, grant = agent._number(self), agent._board.grant()
+        number, grant = -1, None
         sent = 0
         packing: deque[tuple[Callable[[], bool], Array]] = deque()
         patience = Patience(peer)
         try:
+            number, grant = agent._number(self), agent._board.grant()
             while self.left:
                 if sent < len(self._here) and staging.free_going:
                     here, there = (
@@ -141,9 +132,13 @@ class Push:
         finally:
             # What the other side may still read of them it does not use: the grant is looked at
             # afterwards.
-            agent._board.revoke(grant)
+            if grant is not None:
+                agent._board.revoke(grant)
             staging.free_going += self._regions
-            del agent._numbered[number]
+            agent._numbered.pop(number, None)
+            if self.left and self._wanted_by is not None and not self.failed:
+                message = message_of("failed", {"want": self._wanted_by}, self._here[:0])
+                peer._try_to_send(message)
 
     def taken(self, slot: int, count: int) -> None:
         """Note that the other side has read some blocks of a region."""
@@ -206,10 +201,11 @@ def take(peer: Peer, header: dict[str, Any], slots: Array, targets: Array) -> St
             return True
         return isinstance(want, Want) and want.error is None and agent._numbered.get(number) is want
 
-    if isinstance(want, Want):
-        want.taking += 1
     failed = TransferError(f"peer {peer.name!r}", "has given up what it was asked for", "peer")
+    counted = False
     try:
+        if isinstance(want, Want):
+            want.taking, counted = want.taking + 1, True
         while len(slots):
             if not wanted() or (isinstance(want, Want) and want.peer is not peer):
                 raise TransferError("blocks", "that nobody waits for")
@@ -229,11 +225,11 @@ def take(peer: Peer, header: dict[str, Any], slots: Array, targets: Array) -> St
                 unpacked = agent._device.mark(agent._stream)
                 while not unpacked():
                     yield
-            except (Exception, GeneratorExit):
+            except Exception:
                 staging.free_coming.append(first)
                 raise
             except BaseException:  # an interruption, so it may still be read to
-                staging.left_behind.append((first, [*agent._link.flights]))
+                agent._free_later(functools.partial(staging.free_coming.append, first))
                 raise
             staging.free_coming.append(first)
             if isinstance(want, Want):
@@ -251,7 +247,7 @@ def take(peer: Peer, header: dict[str, Any], slots: Array, targets: Array) -> St
         raise
     finally:
         if isinstance(want, Want):
-            want.taking -= 1
+            want.taking -= counted
             if len(slots):
                 want.error = want.error or failed
         if len(slots) and not agent.closed:
@@ -291,6 +287,12 @@ def read_message(agent: Agent, peer: Peer, message: bytes) -> None:
     kind = message.split(b" ", 2)[1].decode()
     header, body = from_bytes(kind, "message", message, "another agent")
     blocks: Array = np.frombuffer(body, "<i4").astype(np.int64)
+    if kind == "failed" and "want" in header:
+        want = agent._numbered.get(header["want"])
+        if isinstance(want, Want) and want.peer is peer:
+            rule = "could not send the blocks"
+            want.error = want.error or TransferError(f"peer {peer.name!r}", rule, "peer")
+        return
     if kind in ("got", "failed"):
         push = agent._numbered.get(header["push"])
         if isinstance(push, Push) and push.peer is peer:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from pagedcache.operators.blocks.pairs import OnDevice, read_blocks
 from pagedcache.status import (
     BadParamError,
+    DestroyedError,
     DuplicateBlockError,
     InvalidBlockError,
 )
@@ -207,6 +209,9 @@ class Peer:
         except TransferError:
             board.give_back(here)
             raise
+        except BaseException:  # it may still be read to
+            self.agent._free_later(functools.partial(board.give_back, here))
+            raise
         found = int(board.words[1, here])
         board.give_back(here)
         return found == word
@@ -260,7 +265,7 @@ class Peer:
 
     def _try_to_send(self, message: bytes) -> None:
         """Send a message that it does not miss if it is gone."""
-        with contextlib.suppress(TransferError):
+        with contextlib.suppress(TransferError, DestroyedError):
             self._send_message(message)
 
     def _error(self, failure: Failure) -> TransferError:
@@ -272,14 +277,21 @@ class Peer:
     def _gone(self) -> TransferError:
         """Forget all about a side that is gone, and return what to raise.
 
-        If it is started again, it is another one.
+        If it is connected again, it is another one.
         """
+        agent = self.agent
         self._blocks_there = self._words_there = None
-        for known in (self.agent._peers, self.agent._inbox, self.agent._unread):
-            known.pop(self._id, None)
+        if agent._peers.get(self._id) is self:
+            agent._gone.add(self._id)
+            for known in (agent._peers, agent._inbox, agent._unread):
+                known.pop(self._id, None)
+        if self._looking is not None:
+            with contextlib.suppress(ValueError):  # it is what has found out
+                self._looking.close()
+            self._looking = None
         rule = (
-            "is gone: its process has ended, its agent was closed, or the network failed; "
-            "connect to the card of a new agent"
+            "is gone: its process has ended, its agent was closed, or the network failed; connect "
+            "to the card of a new agent, or again to this one if it is still there"
         )
         return TransferError(f"peer {self.name!r}", rule, "peer")
 
