@@ -1466,6 +1466,7 @@ def test_an_interruption_while_blocks_are_taken(sides):
         one(interrupt_next)
         other.serve_others()
         assert one(wait_backwards_or_be_interrupted) == "interrupted"
+        assert one(free_regions) == 3  # the other one may still be read to
         with pytest.raises(TransferError, match="could not take the blocks: Keyboard") as caught:
             one(wait_backwards)
         assert caught.value.side == "agent"
@@ -1475,6 +1476,10 @@ def test_an_interruption_while_blocks_are_taken(sides):
     copy_scattered(theirs, ours, [(i, i) for i in range(9)])
     assert one(memory) == [each.tobytes() for each in ours]
     assert one(goes_on) == (0, 0, 0, 4, 4)
+
+
+def free_regions(here):
+    return len(here.agent._staging.free_coming)
 
 
 def wait_for_regions(here):
