@@ -1537,8 +1537,12 @@ def test_an_interruption_between_steps_ends_nothing(sides):
 def make_later(here):
     """As `make_late`, for so long that something can happen in between."""
     make_late(here)
-    looks = itertools.count()
-    here.agent._device.mark = lambda stream: lambda: next(looks) > 20
+
+    def mark(stream):
+        looks = itertools.count()
+        return lambda: next(looks) > 20
+
+    here.agent._device.mark = mark
 
 
 @needs_nixl
