@@ -1684,9 +1684,41 @@ def test_an_offer_that_is_taken_by_its_message_was_handed_over_too(sides):
     one, other = pair(sides)
     one(prompt, [*range(6)])
     one(hand_over)
+    other(wait_for_inbox, 1)
     assert other(accept, one(message_of_offer)) == 6
-    assert one(wait_for_offer)
     assert other(receive, None) is None
+    other(free)
+    other(reset)
+    one(prompt, [*range(6)])
+    other(accept, one(offer_and_hand_over_later))
+    one(wait_for_offer)
+    one(prompt, [*range(10, 20)])
+    one(hand_over)
+    assert other(accept, None) == 10  # not what has been taken
+
+
+def wait_for_inbox(here, count):
+    def there():
+        here.agent.progress()
+        return len(here.agent._inbox.get(here.peer._id, ())) == count
+
+    wait_for(there, LIMIT, "an inbox")
+
+
+def offer_and_hand_over_later(here):
+    """Hand a sequence over, and return its message before the other side gets it."""
+    send, later = here.peer._send_message, []
+    here.peer._send_message = later.append
+    hand_over(here)
+    here.peer._send_message = send
+    taken = here.offer._take
+
+    def send_and_take():
+        send(*later)
+        taken()
+
+    here.offer._take = send_and_take
+    return here.offer.message
 
 
 def message_of_offer(here):
