@@ -636,15 +636,21 @@ def start(here, operation):
     return here.job.done
 
 
-@needs_nixl
-@pytest.mark.parametrize("operation", ["send", "fetch"])
-def test_a_peer_that_stops_and_dies_in_a_transfer(sides, operation):
+def stopped_in_a_transfer(sides, operation):
+    """Return a side with a job that goes on, and the other one, which is suspended."""
     one, other = sides("tcp"), sides("tcp")
     one(open_big, 1)
     one(connect, other(open_big, 2))
     one(fetch, [5], [5])
     other.stop()
     assert one(start, operation) is False
+    return one, other
+
+
+@needs_nixl
+@pytest.mark.parametrize("operation", ["send", "fetch"])
+def test_a_peer_that_stops_and_dies_in_a_transfer(sides, operation):
+    one, other = stopped_in_a_transfer(sides, operation)
     with pytest.raises(
         TimeoutError, match=r"Job with peer 'other'.*after 0.2 s; it goes on"
     ) as caught:
@@ -659,12 +665,7 @@ def test_a_peer_that_stops_and_dies_in_a_transfer(sides, operation):
 
 @needs_nixl
 def test_a_job_outlives_a_wait_that_was_too_short(sides):
-    one, other = sides("tcp"), sides("tcp")
-    one(open_big, 1)
-    one(connect, other(open_big, 2))
-    one(fetch, [5], [5])
-    other.stop()
-    assert one(start, "fetch") is False
+    one, other = stopped_in_a_transfer(sides, "fetch")
     with pytest.raises(TransferTimeoutError):
         one(wait_for_job, 0.2)
     os.kill(other.process.pid, signal.SIGCONT)
@@ -674,12 +675,7 @@ def test_a_job_outlives_a_wait_that_was_too_short(sides):
 
 @needs_nixl
 def test_nothing_arrives_once_an_agent_is_closed(sides):
-    one, other = sides("tcp"), sides("tcp")
-    one(open_big, 1)
-    one(connect, other(open_big, 2))
-    one(fetch, [5], [5])
-    other.stop()
-    assert one(start, "fetch") is False
+    one, other = stopped_in_a_transfer(sides, "fetch")
     one(close)
     before = one(values)
     with pytest.raises(TransferError, match="agent 'other' was closed before") as caught:
@@ -1393,12 +1389,7 @@ def test_an_interrupted_job_is_not_done(sides):
 
 @needs_nixl
 def test_an_interrupted_fetch_is_not_done(sides):
-    one, other = sides("tcp"), sides("tcp")
-    one(open_big, 1)
-    one(connect, other(open_big, 2))
-    one(fetch, [5], [5])
-    other.stop()
-    assert one(start, "fetch") is False
+    one, other = stopped_in_a_transfer(sides, "fetch")
     one(interrupt_next)
     assert one(wait_or_be_interrupted) == "interrupted"
     for _ in range(2):

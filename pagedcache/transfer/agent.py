@@ -27,7 +27,7 @@ from pagedcache.transfer import card as cards
 from pagedcache.transfer.board import PLACES, Board
 from pagedcache.transfer.errors import TransferError
 from pagedcache.transfer.link import MINE, Link
-from pagedcache.transfer.packing import Push, Staging, Want, read_message
+from pagedcache.transfer.packing import ONCE, Push, Staging, Want, read_message
 from pagedcache.transfer.peer import Peer
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from pagedcache.transfer.link import Flight
 
 MOST_UNREAD = 1024  # messages of a side that is not connected yet
-# Where an interruption could make it happen twice, it is better that it does not happen.
-ONCE = tuple(f"pagedcache {kind} ".encode() for kind in ("blocks", "want", "got", "failed"))
-
 _log = logging.getLogger(__name__)
 
 
@@ -147,7 +144,7 @@ class Agent:
         self._unread: dict[str, list[bytes]] = {}  # messages of those that are not connected yet
         self._given_up: set[Arrival] = set()
         self._left_behind: list[tuple[Callable[[], object], list[Flight]]] = []
-        self._gone: set[str] = set()  # sides that were connected
+        self._lost: set[str] = set()  # sides that were connected and are gone
         self._open_offers: dict[bytes, Offer] = {}  # open ones, by the message that says "taken"
         # Messages of offers, by who sent them and by the word of their grant.
         self._inbox: dict[str, dict[bytes, bytes]] = {}
@@ -234,9 +231,9 @@ class Agent:
         found = self._peers.get(header["id"])
         if found is None:
             try:
-                if header["id"] in self._gone:  # perhaps only the network was
+                if header["id"] in self._lost:  # perhaps only the network failed
                     self._link.nixl.remove_remote_agent(header["id"])
-                    self._gone.discard(header["id"])
+                    self._lost.discard(header["id"])
                 self._link.nixl.add_remote_agent(metadata)
                 found = self._peers[header["id"]] = Peer(self, header)
             except Exception as error:
@@ -367,7 +364,7 @@ class Agent:
         self._messages += [(sender, each) for sender, found in arrived.items() for each in found]
         while self._messages:
             sender, message = self._messages[0]
-            once = message.startswith(ONCE)
+            once = message.startswith(ONCE)  # others may be read again after an interruption
             if once:
                 self._messages.popleft()
             self._read(sender, message)

@@ -145,7 +145,7 @@ class Offer:
         if not self._held.freed:
             self._held.free()
         self._held = None
-        if self._peer is not None:  # if it was taken, too, perhaps before it was handed over
+        if self._peer is not None:  # also if it was taken: its message may come after that
             self._peer._try_to_send(b"pagedcache withdrawn %d" % self._grant.word)
 
     def _take(self) -> None:

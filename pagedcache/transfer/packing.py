@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 STAGING = 32 << 20  # bytes at most, once for blocks that go and once for those that come
 REGIONS = 4  # of each of them, so that one is packed while another is on its way
 PROBE = 0.5  # seconds without a word from the other side, before it is asked whether it is there
+# How messages begin that must not be read twice: the same blocks would count twice.
+ONCE = tuple(f"pagedcache {kind} ".encode() for kind in ("blocks", "want", "got", "failed"))
 _ALIGNMENT = 16  # bytes, of the parts of a packed block
 
 

@@ -282,7 +282,7 @@ class Peer:
         agent = self.agent
         self._blocks_there = self._words_there = None
         if agent._peers.get(self._id) is self:
-            agent._gone.add(self._id)
+            agent._lost.add(self._id)
             for known in (agent._peers, agent._inbox, agent._unread):
                 known.pop(self._id, None)
         if self._looking is not None:
