@@ -285,10 +285,7 @@ class Peer:
             agent._lost.add(self._id)
             for known in (agent._peers, agent._inbox, agent._unread):
                 known.pop(self._id, None)
-        if self._looking is not None:
-            with contextlib.suppress(ValueError):  # it is what has found out
-                self._looking.close()
-            self._looking = None
+        self._looking = None  # which ends it, unless it is what has found out
         rule = (
             "is gone: its process has ended, its agent was closed, or the network failed; connect "
             "to the card of a new agent, or again to this one if it is still there"
